@@ -1,0 +1,66 @@
+# Two commands matter: `make quickstart` and `make test`. `make help` lists the rest.
+# Other Python: make quickstart PYTHON=python3.12      Part of the suite: make test ARGS="-m chapter1"
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+CH1 := chapter1-introduction-to-modern-distributed-ai/code
+TORCH := $(shell sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' pyproject.toml)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help quickstart setup test lint outputs figures listings clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+quickstart: .venv/.train ## Install what chapters 1 to 5 need, then train the book's first model, alone and by two ranks
+	@echo; echo "1/3  What is this machine?"
+	python $(CH1)/ch01_check_cuda.py
+	@echo; echo "2/3  One process"
+	python $(CH1)/ch01_single_gpu_baseline.py
+	@echo; echo "3/3  Two processes that act as one"
+	OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 $(CH1)/ch01_multi_gpu_ddp.py
+	@echo; echo "You have just trained a language model by two processes that agree to the last bit. Next: chapter 1."
+
+setup: .venv/.train ## Make .venv with what chapters 1 to 5 need, and stop there
+
+test: .venv/.test ## Run every command of the book and every test (make test ARGS="-m chapter1 -x")
+	python -m pytest $(ARGS)
+
+lint: .venv/.test ## Check form, spelling, types and links without running a script
+	python -m ruff check . && python -m ruff format --check . && python -m mypy
+	python -m pytest tests/test_text.py $(ARGS)
+
+listings: .venv/.test ## Fill the code listings of the chapters in from their scripts
+	python -m cogapp -r -I tests -p "from listing import listing" chapter*/main.md
+
+outputs: .venv/.test ## Re-run the commands above the chapters' output blocks and rewrite the blocks
+	python tests/record.py outputs $(ARGS)
+
+figures: .venv/.test ## Re-run the commands that draw the chapters' figures
+	python tests/record.py figures $(ARGS)
+
+clean: ## Remove what runs have left behind (the environments stay)
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+# The CPU build of PyTorch is a tenth of the CUDA build. Where there is no NVIDIA GPU we take it:
+# from wherever this machine's pip is told to look, else from PyTorch's own index.
+.venv/.torch: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	python -m pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel ninja packaging
+	if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+		python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| python -m pip install "torch==$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) \
+		|| python -m pip install "torch==$(TORCH)"; \
+	else python -m pip install "torch==$(TORCH)"; fi
+	@touch $@
+
+.venv/.train: .venv/.torch
+	python -m pip install --quiet --no-build-isolation -e ".[train]"
+	@touch $@
+
+.venv/.test: .venv/.torch
+	python -m pip install --quiet --no-build-isolation -e ".[train,test]"
+	@touch $@
