@@ -358,11 +358,11 @@ _NUMBER = re.compile(
 def masked(line: str) -> str:
     """A line with all that may differ between two runs and two machines made equal.
 
-    A number that is part of a name (fp32, H100) stays. What a model has written stands behind "| "
+    A number that is part of a name (fp32, H100) stays. What a model has written stands behind "~ "
     and may be anything.
     """
-    if line.startswith("| "):
-        return "|"
+    if line.startswith("~ "):
+        return "~"
     line = _RULES.sub(r"\1", _BARS.sub("", line))
     line = _DEVICE.sub("DEVICE", line)
     return " ".join(_NUMBER.sub("#", line).split())
@@ -371,7 +371,7 @@ def masked(line: str) -> str:
 def align(block: list[str], output: list[str]) -> list[int | None] | str:
     """For each line of a block the number of the output's line that it shows (None for `...`).
 
-    `...` stands for any number of lines. If the two differ, says how they first do.
+    `...` stands for any number of lines, or at a line's end for its rest. If the two differ, says how they first do.
     """
     expected, actual = _trimmed(block), _trimmed(output)
     masks = [masked(line) for line in actual]
@@ -417,9 +417,14 @@ def matches(block: list[str], output: list[str]) -> str | None:
 def _agreement(wanted: list[str], lines: list[str]) -> int:
     """How many lines agree before the first that does not."""
     count = 0
-    while count < min(len(wanted), len(lines)) and wanted[count] == lines[count]:
+    while count < min(len(wanted), len(lines)) and _shows(wanted[count], lines[count]):
         count += 1
     return count
+
+
+def _shows(wanted: str, line: str) -> bool:
+    """Whether a masked line of a block shows a masked line; ` ...` at its end stands for any."""
+    return line.startswith(wanted[:-4]) if wanted.endswith(" ...") else wanted == line
 
 
 def _trimmed(lines: list[str]) -> list[str]:

@@ -36,7 +36,8 @@ def refreshed(old: list[str], output: list[str]) -> tuple[list[str], str | None]
     shown = book.align(old, new)
     if isinstance(shown, str):
         return new, shown
-    return ["..." if number is None else new[number] for number in shown], None
+    lines = zip(old, shown, strict=False)  # the block may end in empty lines
+    return [was if n is None or was.endswith(" ...") else new[n] for was, n in lines], None
 
 
 def replaced(text: str, block: book.Block, lines: list[str], machine: str) -> str:

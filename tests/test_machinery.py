@@ -260,6 +260,8 @@ def test_file_out_of_place(repository: Path, name: str, text: str, complaint: st
         (["a"], ["a", "b"], False),
         (["a", "b"], ["a"], False),
         (["a", "..."], ["a"], True),
+        (["CPU  Arm ...", "z"], ["CPU  Arm 2.5 GHz", "z"], True),
+        (["CPU  Arm ...", "z"], ["CPU  Intel", "z"], False),
         (["a", "...", "z"], ["a", "b", "z", "c", "z"], True),
         (["a", "...", "m", "n", "...", "z"], ["a", "m", "x", "m", "n", "z"], True),
         (["a", "...", "z"], ["a", "b", "c"], False),
@@ -295,8 +297,9 @@ def test_commands_below_on_gpus(repository: Path) -> None:
 
 
 def test_recording_keeps_what_a_block_omits(repository: Path) -> None:
-    old = ["a 1", "...", "z 2"]
-    assert record.refreshed(old, ["a 3", "b", "c", "z 4"]) == (["a 3", "...", "z 4"], None)
+    old = ["a 1", "...", "z 2", "y ..."]
+    new = ["a 3", "b", "c", "z 4", "y 5"]
+    assert record.refreshed(old, new) == (["a 3", "...", "z 4", "y ..."], None)
     assert record.refreshed(old, ["a 3", "b"])[0] == ["a 3", "b"]
     path = repository / CHAPTER / "main.md"
     (block,) = book.blocks(path)
