@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help quickstart setup test lint outputs figures listings clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 quickstart: .venv/.train ## Install what chapters 1 to 5 need, then train the book's first model, alone and by two ranks
 	@echo; echo "1/3  What is this machine?"

@@ -112,7 +112,7 @@ def distance_from_one_process(args: argparse.Namespace, batches: Batches, device
     ranked = DistributedDataParallel(ranked)
     ranked_optimizer = torch.optim.SGD(ranked.parameters(), lr=0.1, momentum=0.9)
     alone_optimizer = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
-    for step in range(args.check_steps):
+    for step in range(2):
         mine = batches.share(step, dist.get_rank(), dist.get_world_size())
         train_step(ranked, ranked_optimizer, *mine)
         train_step(alone, alone_optimizer, *batches.whole(step, dist.get_world_size()))
@@ -125,12 +125,25 @@ def seconds_alone(args: argparse.Namespace, batches: Batches, device: torch.devi
     model = build(args, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     seconds = []
-    for step in range(args.alone_steps):
+    for step in range(6):
         start = time.perf_counter()
         train_step(model, optimizer, *batches.share(step, 0, 1))
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:] or seconds)  # the first one warms up
+    return statistics.median(seconds[1:])  # the first one warms up
+
+
+def seconds_to_reduce(model: nn.Module) -> float:
+    """Median seconds of one all-reduce of as many bytes as the model's gradients have."""
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    seconds = []
+    for _ in range(10):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(flat)
+        synchronize(flat.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[3:])
 
 
 def run(args: argparse.Namespace, device: torch.device) -> bool:
@@ -151,6 +164,8 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
         losses.append(loss)
     losses = torch.stack(losses)
     dist.all_reduce(losses, op=dist.ReduceOp.AVG)  # a rank knows only the loss of its own share
+    reduce = seconds_to_reduce(model)
+    size = sum(p.nbytes for p in model.parameters())
     dist.barrier()
     if rank == 0:
         alone = seconds_alone(args, batches, device)
@@ -164,9 +179,18 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     say(f"together      {world_size * tokens / together:,.0f} tokens/s")
     if rank == 0:
         say(f"rank 0 alone  {tokens / alone:,.0f} tokens/s")
+        say(f"all-reduce    {size / 2**20:.1f} MiB of gradients in {reduce * 1e3:.1f} ms")
         say(f"efficiency    {alone / together:.0%} of {world_size} times rank 0 alone")
+        say(
+            f"  predicted   {alone / (alone + reduce):.0%}, if the all-reduce were all that DDP costs"
+        )
         if args.json:
-            record = {"losses": losses.tolist(), "seconds": seconds, "seconds_alone": alone}
+            record = {
+                "losses": losses.tolist(),
+                "seconds": seconds,
+                "alone": alone,
+                "all_reduce": reduce,
+            }
             args.json.write_text(json.dumps(record, indent=1) + "\n")
     if device.type == "cpu":
         say(
@@ -265,12 +289,6 @@ def parse_args() -> argparse.Namespace:
         "--heads", type=positive, default=4, help="attention heads; divides --width"
     )
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's learning rate")
-    parser.add_argument(
-        "--check-steps", type=positive, default=2, help="steps compared with one process"
-    )
-    parser.add_argument(
-        "--alone-steps", type=positive, default=5, help="steps that rank 0 does alone"
-    )
     parser.add_argument("--seed", type=int, default=0, help="for weights and batches")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=Path, help="also write losses and seconds to this file")
