@@ -36,6 +36,9 @@ def test_exercises_are_stubs_of_the_solutions(chapter: Path) -> None:
         checks.expect_none(checks.exercise_stubs(chapter))
 
 
-@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
+WORKFLOWS = "check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/test.yml"
+
+
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy", WORKFLOWS])
 def test_tools_find_nothing(command: str) -> None:
     checks.expect_none(checks.tool(ROOT, *command.split()))

@@ -247,10 +247,12 @@ def join_group(wanted: str) -> torch.device:
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:
+        if devices and wanted == "auto" and local_rank == 0:
+            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
         device = torch.device("cpu")
     else:
         torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group()
+    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
     return device
 
 
