@@ -275,7 +275,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--requests", type=positive, default=24, help="requests to answer")
     parser.add_argument("--median", type=positive, default=10, help="median bytes to write")
     parser.add_argument("--longest", type=positive, default=500, help="most bytes to write")
-    parser.add_argument("--repeats", type=positive, default=5, help="runs of each schedule")
+    parser.add_argument("--repeats", type=positive, default=3, help="runs of each schedule")
     parser.add_argument("--context", type=positive, default=64, help="bytes per prompt and window")
     parser.add_argument("--width", type=positive, default=64, help="size of a token's vector")
     parser.add_argument("--layers", type=positive, default=2, help="transformer blocks")

@@ -1,7 +1,7 @@
 """Ask PyTorch's profiler where a training step goes: operators, memory, and a trace to look at.
 
     python chapter1-introduction-to-modern-distributed-ai/code/ch01_profiling.py
-    python chapter1-introduction-to-modern-distributed-ai/code/ch01_profiling.py --width 64 --batch 4 --top 5
+    python chapter1-introduction-to-modern-distributed-ai/code/ch01_profiling.py --width 64 --batch 4 --top 5 --cycles 1
 
 On GPUs:
     python chapter1-introduction-to-modern-distributed-ai/code/ch01_profiling.py --width 1024 --layers 12 --heads 16 --context 1024 --batch 32
