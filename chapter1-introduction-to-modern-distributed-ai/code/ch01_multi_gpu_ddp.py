@@ -59,29 +59,17 @@ class ByteLM(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-class Batches:
-    """The global batch of a step, and a rank's share of it, from the seed and the step alone."""
-
-    def __init__(self, data: torch.Tensor, batch: int, context: int, seed: int):
-        self.data, self.batch, self.context, self.seed = data, batch, context, seed
-
-    def share(self, step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What one rank sees in a step."""
-        return self.windows(self.draw(step, ranks)[rank * self.batch : (rank + 1) * self.batch])
-
-    def whole(self, step: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What all ranks see together."""
-        return self.windows(self.draw(step, ranks))
-
-    def draw(self, step: int, ranks: int) -> torch.Tensor:
-        """Where the windows of a step begin: [ranks * batch]."""
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return torch.randint(len(self.data) - self.context, (ranks * self.batch,), generator=draw)
-
-    def windows(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The windows, and the same windows one byte later: two [count, context]."""
-        window = self.data[starts[:, None] + torch.arange(self.context + 1)]
-        return window[:, :-1], window[:, 1:]
+def draw_batch(
+    data: torch.Tensor, step: int, batch: int, args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch of all ranks, from the seed and the step alone: windows of the text, and the same
+    windows one byte later, two [ranks, batch, context].
+    """
+    draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    shape = (dist.get_world_size(), batch, 1)
+    starts = torch.randint(len(data) - args.context, shape, generator=draw)
+    window = data[starts + torch.arange(args.context + 1)]
+    return window[..., :-1], window[..., 1:]
 
 
 def train_step(
@@ -103,7 +91,9 @@ def build(args: argparse.Namespace, device: torch.device) -> ByteLM:
     return ByteLM(args.width, args.layers, args.heads, args.context).to(device)
 
 
-def distance_from_one_process(args: argparse.Namespace, batches: Batches, device) -> float:
+def distance_from_one_process(
+    args: argparse.Namespace, data: torch.Tensor, device: torch.device
+) -> float:
     """Train a few steps by all ranks, and by each alone on the whole batch: max |difference|.
 
     In double precision, so that a wrong sum cannot hide behind the rounding of a right one.
@@ -113,21 +103,22 @@ def distance_from_one_process(args: argparse.Namespace, batches: Batches, device
     ranked_optimizer = torch.optim.SGD(ranked.parameters(), lr=0.1, momentum=0.9)
     alone_optimizer = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
     for step in range(2):
-        mine = batches.share(step, dist.get_rank(), dist.get_world_size())
-        train_step(ranked, ranked_optimizer, *mine)
-        train_step(alone, alone_optimizer, *batches.whole(step, dist.get_world_size()))
+        tokens, targets = draw_batch(data, step, 2, args)  # a wrong sum shows on a few windows
+        train_step(ranked, ranked_optimizer, tokens[dist.get_rank()], targets[dist.get_rank()])
+        train_step(alone, alone_optimizer, tokens.flatten(0, 1), targets.flatten(0, 1))
     pairs = zip(ranked.parameters(), alone.parameters(), strict=True)
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def seconds_alone(args: argparse.Namespace, batches: Batches, device: torch.device) -> float:
+def seconds_alone(args: argparse.Namespace, data: torch.Tensor, device: torch.device) -> float:
     """Median seconds per step of this process by itself, on the batch of one rank."""
     model = build(args, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     seconds = []
     for step in range(6):
         start = time.perf_counter()
-        train_step(model, optimizer, *batches.share(step, 0, 1))
+        tokens, targets = draw_batch(data, step, args.batch, args)
+        train_step(model, optimizer, tokens[0], targets[0])
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])  # the first one warms up
@@ -149,16 +140,15 @@ def seconds_to_reduce(model: nn.Module) -> float:
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data = read_bytes(args.data, at_least=20 * args.context)
-    batches = Batches(data, args.batch, args.context, args.seed)
-    few = Batches(data, min(args.batch, 2), args.context, args.seed)  # a wrong sum needs no more
-    difference = distance_from_one_process(args, few, device)
+    difference = distance_from_one_process(args, data, device)
 
     model = DistributedDataParallel(build(args, device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     losses, seconds = [], []
     for step in tqdm(range(args.steps), desc="training", disable=None if rank == 0 else True):
         start = time.perf_counter()
-        loss = train_step(model, optimizer, *batches.share(step, rank, world_size))
+        tokens, targets = draw_batch(data, step, args.batch, args)
+        loss = train_step(model, optimizer, tokens[rank], targets[rank])
         synchronize(device)
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
@@ -168,17 +158,17 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     size = sum(p.nbytes for p in model.parameters())
     dist.barrier()
     if rank == 0:
-        alone = seconds_alone(args, batches, device)
+        alone = seconds_alone(args, data, device)
     dist.barrier()  # the others wait, so that rank 0 has the machine to itself
 
     together = statistics.median(seconds[min(3, args.steps - 1) :])
-    tokens = args.batch * args.context
+    count = args.batch * args.context  # tokens per step and rank
     say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {args.steps} steps")
     say(f"loss          {losses[0]:.2f} -> {losses[-1]:.2f} nats per byte, the mean over ranks")
-    say(f"per step      {world_size} x {tokens:,} tokens in {together * 1e3:.0f} ms")
-    say(f"together      {world_size * tokens / together:,.0f} tokens/s")
+    say(f"per step      {world_size} x {count:,} tokens in {together * 1e3:.0f} ms")
+    say(f"together      {world_size * count / together:,.0f} tokens/s")
     if rank == 0:
-        say(f"rank 0 alone  {tokens / alone:,.0f} tokens/s")
+        say(f"rank 0 alone  {count / alone:,.0f} tokens/s")
         say(f"all-reduce    {size / 2**20:.1f} MiB of gradients in {reduce * 1e3:.1f} ms")
         say(f"efficiency    {alone / together:.0%} of {world_size} times rank 0 alone")
         say(
