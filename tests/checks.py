@@ -57,18 +57,17 @@ def run_command(
 
 def evidence(command: book.Command, result: warm.Result) -> list[str]:
     """A command must have done its work: an exit code of 0 alone proves nothing."""
-    shown = f"{result.stdout}\n{result.stderr}"  # with `--json -` the table goes to stderr
     problems = []
     if result.returncode == warm.TIMED_OUT:
         problems.append(f"did not end in {result.seconds:.0f} s")
     elif result.returncode:
         problems.append(f"ended with {result.returncode}")
-    if "FAILED" in shown:
+    if "FAILED" in result.stdout + result.stderr:
         problems.append("printed FAILED")
-    if not re.search(r"^check: .*\bok$", shown, re.M):
+    if not re.search(r"^check: .*\bok$", result.stdout, re.M):
         problems.append("printed no line `check: ... ok`, so nothing shows that it did its work")
     ranks = rf"^{command.world_size} ranks?\b"
-    if command.launcher in LAUNCHERS and not re.search(ranks, shown, re.M):
+    if command.launcher in LAUNCHERS and not re.search(ranks, result.stdout, re.M):
         problems.append(f"no line starts with `{command.world_size} ranks`: which ranks ran?")
     return problems
 
