@@ -1,0 +1,356 @@
+"""Expert parallelism from scratch: a mixture of experts whose tokens travel to the experts and back.
+
+    torchrun --nproc_per_node=2 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/expert_parallel_from_scratch.py
+    torchrun --nproc_per_node=3 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/expert_parallel_from_scratch.py --experts 5 --tokens 50 --dtype bfloat16
+
+On GPUs:
+    torchrun --nproc_per_node=8 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/expert_parallel_from_scratch.py --experts 64 --top-k 6 --tokens 4096 --width 1024 --dtype bfloat16
+
+Compare the columns: a larger capacity drops fewer tokens and pads more; without one ("none")
+nothing is dropped, and the busiest rank sets the pace. Section 2.7.
+"""
+
+import argparse
+import copy
+import math
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+COMPARED = ("output", "auxiliary loss", "loss", "dX", "router gradient", "expert gradients")
+sent: Counter[str] = Counter()  # bytes of token rows that left this rank, counted at the call
+
+
+@dataclass(frozen=True)
+class Routing:
+    chosen: torch.Tensor  # [tokens, k] experts, best first
+    gates: torch.Tensor  # [tokens, k] their weights, which add up to 1
+    kept: torch.Tensor  # [tokens, k] whether the expert had room
+    auxiliary: torch.Tensor  # scalar: 1 when the load is even
+
+
+def capacity_of(tokens: int, experts: int, k: int, factor: float) -> int:
+    """Rows that one expert takes from one rank (GShard, arXiv:2006.16668, section 2.2); 0: all."""
+    return math.ceil(round(k * tokens * factor / experts, 6)) if factor else k * tokens
+
+
+def route(x: torch.Tensor, router: nn.Linear, k: int, factor: float) -> Routing:
+    """Choose k experts per token, in float32 whatever the dtype of x [tokens, width]: one bit
+    decides where a token goes (Switch Transformer, arXiv:2101.03961, section 2.4).
+    """
+    logits = router(x.float())  # [tokens, experts]
+    best, chosen = logits.topk(k, dim=-1)
+    gates = best.softmax(dim=-1)  # the softmax over all experts, renormalised over these
+    experts = logits.shape[-1]
+    wanted = F.one_hot(chosen.T.flatten(), experts)  # all first choices, then all second ones
+    place = (wanted.cumsum(dim=0) * wanted).sum(dim=-1) - 1  # in the expert's queue
+    kept = (place < capacity_of(len(x), experts, k, factor)).unflatten(0, (k, -1)).T
+    share = wanted.float().mean(dim=0)  # of the choices; has no gradient
+    auxiliary = experts * (share * logits.softmax(dim=-1).mean(dim=0)).sum()  # Switch, equation 4
+    return Routing(chosen, gates, kept, auxiliary)
+
+
+def send_rows(rows: torch.Tensor, outgoing: list[int], incoming: list[int], what: str):
+    """Send the first outgoing[0] rows to rank 0, and so on; receive incoming[r] from rank r."""
+    received = rows.new_empty(sum(incoming), rows.shape[1])
+    sent[what] += (len(rows) - outgoing[dist.get_rank()]) * rows.shape[1] * rows.itemsize
+    dist.all_to_all_single(received, rows.contiguous(), incoming, outgoing)
+    return received
+
+
+class AllToAll(torch.autograd.Function):
+    """An all-to-all whose backward is the way back: the same all-to-all with its splits swapped."""
+
+    @staticmethod
+    def forward(ctx, rows, outgoing: list[int], incoming: list[int]) -> torch.Tensor:
+        ctx.splits = outgoing, incoming
+        return send_rows(rows, outgoing, incoming, "forward")
+
+    @staticmethod
+    def backward(ctx, d_received: torch.Tensor):
+        outgoing, incoming = ctx.splits
+        return send_rows(d_received, incoming, outgoing, "backward"), None, None
+
+
+def expert_parallel(
+    x: torch.Tensor, routing: Routing, experts: list[nn.Module], owned: list[int]
+) -> torch.Tensor:
+    """x plus the gated outputs of the chosen experts, [tokens, width]; rank r owns owned[r] of the
+    experts, in order, and `experts` are this rank's.
+    """
+    world_size, local = dist.get_world_size(), len(experts)
+    token, choice = routing.kept.nonzero(as_tuple=True)  # [rows]: who travels, and why
+    order = routing.chosen[token, choice].argsort(stable=True)  # by expert, and so by rank
+    token, choice = token[order], choice[order]
+    counts = routing.chosen[token, choice].bincount(minlength=sum(owned))  # rows for each expert
+    arriving = counts.new_empty(world_size * local)  # rows for mine, from each rank
+    dist.all_to_all_single(arriving, counts, [local] * world_size, owned)
+    arriving = arriving.view(world_size, local)
+    outgoing = [part.sum().item() for part in counts.split(owned)]
+    incoming = arriving.sum(dim=1).tolist()
+
+    rows = AllToAll.apply(x[token], outgoing, incoming)  # dispatch: sorted by source, then expert
+    mine = torch.arange(local, device=x.device).repeat(world_size)
+    by_expert = mine.repeat_interleave(arriving.flatten()).argsort(stable=True)
+    parts = rows[by_expert].split(arriving.sum(dim=0).tolist())
+    done = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+    done = done[by_expert.argsort()]  # sorted by source again
+    returned = AllToAll.apply(done, incoming, outgoing)  # combine
+    weighted = returned * routing.gates[token, choice, None]  # in float32
+    return x.float().index_add(0, token, weighted).to(x.dtype)
+
+
+def one_process(
+    x: torch.Tensor, router: nn.Linear, experts: list[nn.Module], k: int, factor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same layer the plain way, for one rank's tokens: every expert sees every token.
+
+    Returns the output, the auxiliary loss, and the rows that each expert takes.
+    """
+    probabilities = router(x.float()).softmax(dim=-1)
+    chosen = probabilities.argsort(dim=-1, descending=True)[:, :k]
+    capacity = capacity_of(len(x), len(experts), k, factor)
+    load, kept = [0] * len(experts), torch.zeros(chosen.shape, dtype=torch.bool)
+    for choice, column in enumerate(chosen.T.tolist()):
+        for token, expert in enumerate(column):
+            kept[token, choice] = load[expert] < capacity
+            load[expert] += load[expert] < capacity
+    best = probabilities.gather(1, chosen)
+    gates = best / best.sum(dim=-1, keepdim=True) * kept.to(x.device)
+    y, share = x.float(), []
+    for i, expert in enumerate(experts):
+        y = y + (gates * (chosen == i)).sum(dim=-1, keepdim=True) * expert(x)
+        share.append((chosen == i).float().mean() * probabilities[:, i].mean())
+    return y.to(x.dtype), len(experts) * sum(share), torch.tensor(load)
+
+
+def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Linear, list, list]:
+    """Router in float32, experts, and for each rank its tokens and their targets: all on all."""
+    torch.manual_seed(args.seed)
+    width, dtype = args.width, getattr(torch, args.dtype)
+    router = nn.Linear(width, args.experts).to(device)
+    nn.init.normal_(router.bias, std=args.skew)  # some experts are more popular
+    experts = [
+        nn.Sequential(nn.Linear(width, args.hidden), nn.GELU(), nn.Linear(args.hidden, width))
+        for _ in range(args.experts)
+    ]
+    sizes = [args.tokens + r for r in range(dist.get_world_size())]
+    data = [torch.randn(2, size, width).to(device, dtype) for size in sizes]
+    return router, [expert.to(device, dtype) for expert in experts], data
+
+
+def loss_of(y: torch.Tensor, target: torch.Tensor, auxiliary: torch.Tensor, data: list, args):
+    """A rank's share of the loss: squared error over all elements, and its own balance."""
+    elements = sum(target.numel() for _, target in data)
+    return (y - target).float().square().sum() / elements + args.balance * auxiliary / len(data)
+
+
+def flat_gradients(experts: list[nn.Module]) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().float() for expert in experts for p in expert.parameters()])
+
+
+def by_all_ranks(args: argparse.Namespace, model: tuple, owned: list[int], factor: float):
+    """Results of this rank by name, and its rows per expert."""
+    rank, (router, experts, data) = dist.get_rank(), copy.deepcopy(model)
+    mine = experts[sum(owned[:rank]) : sum(owned[: rank + 1])]
+    x, target = data[rank][0].requires_grad_(), data[rank][1]
+    routing = route(x, router, args.top_k, factor)
+    y = expert_parallel(x, routing, mine, owned)
+    loss = loss_of(y, target, routing.auxiliary, data, args)
+    loss.backward()
+    loss, d_router = loss.detach(), flat_gradients([router])
+    for tensor in (loss, d_router):
+        dist.all_reduce(tensor)  # the experts need none: each has seen the tokens of all ranks
+    results = (y, routing.auxiliary, loss, x.grad, d_router, flat_gradients(mine))
+    load = routing.chosen[routing.kept].bincount(minlength=len(experts))
+    return results, load.cpu()
+
+
+def by_one_process(args: argparse.Namespace, model: tuple, owned: list[int], factor: float, dtype):
+    """For each rank the results that it must have, and its rows per expert [ranks, experts]."""
+    router, experts, data = copy.deepcopy(model)
+    experts = [expert.to(dtype) for expert in experts]
+    data = [pair.to(dtype) for pair in data]
+    xs = [x.clone().requires_grad_() for x, _ in data]
+    layers = [one_process(x, router, experts, args.top_k, factor) for x in xs]
+    loss = sum(loss_of(y, t, a, data, args) for (y, a, _), (_, t) in zip(layers, data, strict=True))
+    loss.backward()
+    edges = [sum(owned[:r]) for r in range(len(owned) + 1)]
+    results = [
+        (y, auxiliary, loss, x.grad, flat_gradients([router]), flat_gradients(experts[low:high]))
+        for (y, auxiliary, _), x, low, high in zip(layers, xs, edges, edges[1:], strict=False)
+    ]
+    return results, torch.stack([load for *_, load in layers])
+
+
+def flat(results: list[tuple]) -> list[torch.Tensor]:
+    """For each name in COMPARED, the numbers of all results in a row, in float64."""
+    columns = zip(*results, strict=True)
+    return [torch.cat([t.detach().double().flatten() for t in column]) for column in columns]
+
+
+def distances(found: list, exact: list, scales: list) -> list[float]:
+    triples = zip(found, exact, scales, strict=True)
+    return [((a - b).norm() / scale.norm()).item() for a, b, scale in triples]
+
+
+def bytes_of(load: torch.Tensor, owner: torch.Tensor, row: int) -> int:
+    """Bytes that leave this rank in a forward pass, and again in a backward one, if rank s has
+    load[s, e] rows for expert e: its own rows go out, and the others' go back.
+    """
+    ranks = torch.arange(len(load))[:, None]
+    here = ranks == dist.get_rank()
+    travels = (ranks != owner) & (here | (owner == dist.get_rank()))
+    return round((load * travels).sum().item() * row)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> bool:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    owned = [len(part) for part in torch.arange(args.experts).tensor_split(world_size)]
+    owner = torch.arange(world_size).repeat_interleave(torch.tensor(owned))  # [experts]
+    model, dtype = build(args, device), getattr(torch, args.dtype)
+    tokens = torch.tensor([[pair.shape[1]] for pair in model[2]])  # [ranks, 1]
+    even = tokens * args.top_k / args.experts  # rows of each expert from each rank, if even
+    rounding, columns, errors, bounds = 1e-5 if args.dtype == "float32" else 2**-9, [], [], []
+    miscounted = odd = 0
+    for factor in args.capacity:
+        sent.clear()
+        ours, load = by_all_ranks(args, model, owned, factor)
+        exact, loads = by_one_process(args, model, owned, factor, torch.float32)
+        alone, _ = by_one_process(args, model, owned, factor, dtype)
+        errors.append(distances(flat([ours]), flat([exact[rank]]), flat(exact)))
+        bounds.append(distances(flat(alone), flat(exact), flat(exact)))
+        miscounted += (load - loads[rank]).abs().sum().item()
+        formula = bytes_of(loads, owner, args.width * dtype.itemsize)
+        odd += abs(sent["forward"] - formula) + abs(sent["backward"] - formula)
+
+        rows = loads.sum(dim=0)  # [experts]
+        by_rank = torch.stack([part.sum() for part in rows.split(owned)]).double()
+        room = sum(capacity_of(int(t), args.experts, args.top_k, factor) for t in tokens)
+        names = [f"rows of expert {e}, on rank {r}" for e, r in enumerate(owner.tolist())]
+        column = {"capacity factor": f"{factor:g}" if factor else "none"}
+        column |= {name: f"{row:,}" for name, row in zip(names, rows.tolist(), strict=True)}
+        column["choices dropped"] = f"{1 - rows.sum() / (args.top_k * tokens.sum()):.1%}"
+        empty = f"{1 - rows.sum() / (args.experts * room):.1%}"
+        column["buffer slots left empty"] = empty if factor else "-"
+        column["busiest rank / mean"] = f"{by_rank.max() / by_rank.mean():.2f}"
+        column["auxiliary loss, rank 0"] = f"{exact[rank][1].item():.2f}"
+        column["KiB sent by rank 0, forward"] = f"{sent['forward'] / 2**10:,.1f}"
+        column["  by the routing table"] = f"{formula / 2**10:,.1f}"
+        uniform = bytes_of(even, owner, args.width * dtype.itemsize)
+        column["  if the routing were even"] = f"{uniform / 2**10:,.1f}"
+        columns.append(column)
+
+    shape = f"{args.experts} experts of {args.width} x {args.hidden}, top {args.top_k}"
+    say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {shape}, {args.dtype}")
+    for name in columns[0]:
+        say(f"{name:<28}" + "".join(f"{column[name]:>10}" for column in columns))
+    held = [check("rows per expert, counted - one process's", miscounted, 0)]
+    held.append(check("bytes sent, counted - routing table's", odd, 0))
+    worst = torch.tensor(errors).amax(dim=0).tolist()
+    allowed = (2 * torch.tensor(bounds).amax(dim=0)).clamp(min=rounding).tolist()
+    for name, error, bound in zip(COMPARED, worst, allowed, strict=True):
+        held.append(check(f"error of {name}, relative", error, bound))
+    return all(held)
+
+
+def check(claim: str, value: float, bound: float) -> bool:
+    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
+    values = [0.0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    worst = torch.tensor(values, dtype=torch.float64).max().item()  # NaN if any is NaN
+    say(f"check: {claim} = {worst:.3g} <= {bound:.3g}  {'ok' if worst <= bound else 'FAILED'}")
+    return worst <= bound
+
+
+def say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def join_group(wanted: str) -> torch.device:
+    """Join the process group; return this rank's device: its own GPU where each rank has one."""
+    if "RANK" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
+        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
+    if wanted == "cpu" or devices < ranks_here:
+        if devices and wanted == "auto" and local_rank == 0:
+            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
+        device = torch.device("cpu")
+    else:
+        torch.accelerator.set_device_index(local_rank)
+    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
+    return device
+
+
+def stop(message: str) -> None:
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: stop(f"{message}: --help lists the flags")
+    add = parser.add_argument
+    add("--tokens", type=positive, default=256, help="tokens on rank 0; rank r has r more")
+    add("--experts", type=positive, default=8, help="experts, spread over the ranks")
+    add("--top-k", type=positive, default=2, help="experts per token")
+    add("--width", type=positive, default=64, help="numbers per token")
+    add("--hidden", type=positive, default=128, help="width inside an expert")
+    add(
+        "--capacity",
+        type=not_negative,
+        nargs="+",
+        default=[0, 1.0, 1.25, 2.0],
+        help="rows that an expert takes from a rank, in shares of an even load; 0: all",
+    )
+    add("--skew", type=not_negative, default=0.25, help="deviation of the router's biases")
+    add("--balance", type=not_negative, default=0.01, help="weight of the auxiliary loss")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but the router")
+    add("--seed", type=int, default=0, help="for weights and tokens")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    least = max(args.top_k, int(os.environ.get("WORLD_SIZE", 1)))
+    if args.experts < least:
+        stop(f"{args.experts} experts: type --experts {least} or more, one per rank and choice")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    device = join_group(args.device)
+    try:
+        held = run(args, device)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    sys.exit(not held)
+
+
+if __name__ == "__main__":
+    main()
