@@ -152,7 +152,8 @@ def communication(args: argparse.Namespace, device: torch.device) -> dict[str, M
         points = [(factor(n) * 4 * c, t) for c, t in zip(counts, seconds, strict=True)]
         alpha, slope = fit(points[::2])
         errors = [abs((alpha + slope * x) / t - 1) for x, t in points[1::2]]
-        beta = 1 / slope if slope else math.inf
+        top_bytes, top_seconds = points[-1]  # where noise hides the slope, the largest size's rate
+        beta = 1 / slope if slope else top_bytes / top_seconds
         error = statistics.median(errors)
         models[op] = {"alpha_s": alpha, "beta_bytes_per_s": beta, "median_error": error}
     return models

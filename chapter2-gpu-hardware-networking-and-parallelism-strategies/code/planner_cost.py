@@ -110,8 +110,8 @@ def stage_weights(m: Model, stages: int, stage: int) -> tuple[int, int]:
 def activation_bytes(job: Job, recompute: str) -> float:
     """Bytes that a layer keeps per token until its backward, over all TP ranks.
 
-    Korthikanti et al., 2022 (arXiv 2205.05198), equation 2, without dropout: 32 h for GPT, and 5 a s
-    where attention is not fused. "selective" makes anew what norms and activation function gave,
+    Korthikanti et al., 2022 (arXiv 2205.05198), equation 1, less the masks of the dropout after a
+    product: 32 h for GPT, and 5 a s where attention is not fused. "selective" makes anew what norms and activation function gave,
     unfused attention (their section 5), q, k and v of low rank (DeepSeek-V3, 3.2.3); "full" all.
     """
     m, item = job.model, job.cluster.item
@@ -143,7 +143,8 @@ def memory_per_device(job: Job, lay: Layout, stage: int) -> dict[str, float]:
     micro_batches = job.batch // (lay.data * lay.micro_batch)
     flying = min(micro_batches, p - stage + (lay.chunks > 1) * (p - 1) / lay.chunks)
     layers = flying * len(stage_layers(m.layers, p)[stage])
-    per_token = layers * activation_bytes(job, lay.recompute)
+    whole = lay.tensor if job.of_2021 and lay.recompute == "full" else 1  # inputs are not divided
+    per_token = layers * activation_bytes(job, lay.recompute) * whole
     per_token += activation_bytes(job, "none") * (lay.recompute != "none")  # of the layer at work
     per_token += (item + 4) * m.vocab * (stage == p - 1)  # logits, and their softmax in float32
     held["kept"] = per_token * lay.micro_batch * job.context / lay.context / lay.tensor

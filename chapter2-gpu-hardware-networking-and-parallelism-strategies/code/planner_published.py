@@ -14,8 +14,8 @@ from planner_cost import Cluster, Job, Model, flops_per_token
 # Peak, memory, HBM rate: data sheets of the A100 80 GB and H100 SXM; 10 % of the 80 GiB held back.
 # matmul: best of a search over shapes (MAMF: ml-engineering, compute/accelerator).
 # flash: FlashAttention-2 (arXiv 2307.08691), 73 and 63 % of the A100's peak; 335 TFLOP/s on H100.
-# inside, ring bus bandwidth of 8 GPUs: A100 232 of 300 GB/s (nccl-tests #175), H100 363 of 450
-# (ml-engineering, network). across: 25 and 50 GB/s, of which 91 % are reached (nccl-tests #100).
+# inside, ring bus bandwidth: 8 A100s 232 of 300 GB/s (nccl-tests #175), 8 H200s, whose NVLink is
+# the H100's, 363 of 450 (ml-engineering, network). across: 25 and 50 GB/s, of which 91 % are reached (nccl-tests #100).
 # alpha: Calculon, systems/a100_80g.json. H800, an H100 with less NVLink: DeepSeek-V3, 3.2.2.
 A100 = Cluster(312e12, 271.2e12, 204e12, 2.039e12, 72 * 2**30, 232e9, 22.7e9, 8, 108, (256, 128))
 H100 = Cluster(989e12, 794.5e12, 335e12, 3.35e12, 72 * 2**30, 363e9, 45.5e9, 8, 132, (256, 128))
@@ -76,7 +76,8 @@ PUBLISHED = [
     megatron("310.1B", (128, 16384, 96), 8, 16, 1920, 2160, 155),
     megatron("529.6B", (128, 20480, 105), 8, 35, 2520, 2520, 163),
     megatron("1008B", (160, 25600, 128), 8, 64, 3072, 3072, 163),
-    # BLOOM (arXiv 2211.05100, section 3; bigscience, tr11-176B-ml.slurm): four cards of 100 Gbit/s a
+    # BLOOM (arXiv 2211.05100; bigscience, tr11-176B-ml.slurm; about 150 TFLOP/s by its authors'
+    # notes): four cards of 100 Gbit/s a
     # node, and CUDA_LAUNCH_BLOCKING=1, which costs time that the planner does not know of.
     Published("BLOOM 176B", Job(gpt(112, 14336, 70, 250_880), replace(A100, across=0.91 * 6.25e9),
                                 384, 2048, 2048, of_2021=True),
