@@ -134,8 +134,8 @@ def sample(op: str, sizes: list[SimpleNamespace], args: argparse.Namespace) -> l
     """Seconds per call, for each size [1, batches], or with --bare [2, batches].
 
     A batch takes as long as on its slowest rank. Sizes and loops take turns, so that a slow moment
-    hits all. After --repeats rounds only what is not `settled` goes on, for as long again at most
-    (7 times as long with --bare).
+    hits all. After --repeats rounds only what is not `settled` goes on, up to 4 times as long (8 times
+    with --bare).
     """
     device = sizes[0].whole.device
     warm = slowest_rank([batch_seconds(op, t, False, args.warmup) for t in sizes], device)
@@ -144,7 +144,7 @@ def sample(op: str, sizes: list[SimpleNamespace], args: argparse.Namespace) -> l
     times = [torch.empty(1 + args.bare, 0)] * len(sizes)
     todo = list(range(len(sizes)))
     quiet = True if dist.get_rank() else None  # None: a bar on a terminal only
-    for done in tqdm(range(1, (8 if args.bare else 2) * args.repeats + 1), op, disable=quiet):
+    for done in tqdm(range(1, (8 if args.bare else 4) * args.repeats + 1), op, disable=quiet):
         loops = range(1 + args.bare)
         new = [[batch_seconds(op, sizes[i], bool(b), calls[i]) for b in loops] for i in todo]
         for i, row in zip(todo, slowest_rank(new, device), strict=True):
@@ -227,9 +227,12 @@ def measure(op: str, args: argparse.Namespace, device: torch.device) -> tuple[Re
         claim = f"{op}: median |error| at held-out sizes from 64 KiB"
         right = check(claim, statistics.median(errors), 0.2) and right
     if args.bare and judged:
-        judged_times = times[-len(judged) :]
-        off = max((s[0].min() / s[1].min() - 1).abs().item() for s in judged_times)
-        right = check(f"{op}: worst from 64 KiB, |ours / bare - 1|", off, 0.05) and right
+        late = times[-len(judged) :]
+        off = max((s[0].min() / s[1].min() - 1).abs().item() for s in late)
+        noise = max((s[1, ::2].min() / s[1, 1::2].min() - 1).abs().item() for s in late)
+        say(f"the bare loop's odd batches differ from its even ones by {noise:.1%}")
+        claim = f"{op}: worst from 64 KiB, |ours / bare - 1|"
+        right = check(claim, off, max(0.05, 2 * noise)) and right
     record = {"op": op, "factor": factor, "alpha_s": alpha, "beta_bytes_per_s": beta, "sizes": rows}
     return record, right
 

@@ -73,7 +73,7 @@ def test_bench_by_hand(run: Run, checkout: Path, tmp_path: Path) -> None:
     (record,) = json.loads(path.read_text())["collectives"]
     assert record["factor"] == pytest.approx(2 / 3)
     for row in record["sizes"]:
-        assert len(row["seconds"][0]) in range(7, 15)
+        assert len(row["seconds"][0]) in range(7, 29)
         assert row["fastest_s"] == min(row["seconds"][0])
 
 
