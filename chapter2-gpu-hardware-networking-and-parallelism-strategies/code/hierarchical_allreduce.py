@@ -182,6 +182,15 @@ def plan(
     return actions
 
 
+def tolerance(samples: list[list[float]]) -> float:
+    """20 %, or more where the machine is too noisy to tell: twice the median disagreement between
+    the fastest of the odd and of the even repeats of one and the same thing.
+    """
+    pairs = [(min(times[::2]), min(times[1::2])) for times in samples if len(times) > 1]
+    scatter = [abs(odd / even - 1) for odd, even in pairs]
+    return max(0.2, 2 * statistics.median(scatter or [0.0]))
+
+
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     world_size, dtype, per_node = dist.get_world_size(), DTYPES[args.dtype], args.ranks_per_node
     nodes = world_size // per_node
@@ -235,8 +244,9 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     ]
     misses = [abs(row[1] / row[2] - 1) for row in rows if row[0] >= 2**16]
     if misses:
+        bound = tolerance([times[f"whole {row[0]}"] for row in rows if row[0] >= 2**16])
         held.append(
-            check("median error of predictions from 64 KiB", statistics.median(misses), 0.2)
+            check("median error of predictions from 64 KiB", statistics.median(misses), bound)
         )
     return all(held)
 

@@ -140,6 +140,15 @@ def measure(actions: dict[str, Action], repeats: int, device: torch.device) -> d
     return dict(zip(actions, seconds.tolist(), strict=True))
 
 
+def tolerance(samples: list[list[float]]) -> float:
+    """20 %, or more where the machine is too noisy to tell: twice the median disagreement between
+    the fastest of the odd and of the even repeats of one and the same thing.
+    """
+    pairs = [(min(times[::2]), min(times[1::2])) for times in samples if len(times) > 1]
+    scatter = [abs(odd / even - 1) for odd, even in pairs]
+    return max(0.2, 2 * statistics.median(scatter or [0.0]))
+
+
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     world_size, dtype = dist.get_world_size(), DTYPES[args.dtype]
     torch.manual_seed(args.seed + dist.get_rank())
@@ -183,8 +192,9 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     ]
     misses = [abs(row[1] / row[2] - 1) for row in rows if row[0] >= 2**16]
     if misses:
+        bound = tolerance([times[f"ring {row[0]}"] for row in rows if row[0] >= 2**16])
         held.append(
-            check("median error of predictions from 64 KiB", statistics.median(misses), 0.2)
+            check("median error of predictions from 64 KiB", statistics.median(misses), bound)
         )
     if sizes[-1] >= 2**24:
         held.append(check("ring / library at the largest", rows[-1][2] / rows[-1][4], 1 / 0.7))

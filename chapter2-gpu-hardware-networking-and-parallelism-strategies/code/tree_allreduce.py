@@ -225,6 +225,15 @@ def predict_crossing(world_size: int, latency: float, bandwidth: float) -> None:
         say(f"{ranks:>12,}{ring:>12,}{tree:>12}{crossing / 2**20:>11.2f} MiB")
 
 
+def tolerance(samples: list[list[float]]) -> float:
+    """20 %, or more where the machine is too noisy to tell: twice the median disagreement between
+    the fastest of the odd and of the even repeats of one and the same thing.
+    """
+    pairs = [(min(times[::2]), min(times[1::2])) for times in samples if len(times) > 1]
+    scatter = [abs(odd / even - 1) for odd, even in pairs]
+    return max(0.2, 2 * statistics.median(scatter or [0.0]))
+
+
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     world_size, dtype = dist.get_world_size(), DTYPES[args.dtype]
     torch.manual_seed(args.seed + dist.get_rank())
@@ -285,8 +294,10 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     ]
     misses = [abs(row[i] / row[i + 1] - 1) for row in rows if row[0] >= 2**16 for i in (1, 3)]
     if misses:
+        large = [row[0] for row in rows if row[0] >= 2**16]
+        bound = tolerance([times[f"{name} {size}"] for size in large for name in ("ring", "tree")])
         held.append(
-            check("median error of predictions from 64 KiB", statistics.median(misses), 0.2)
+            check("median error of predictions from 64 KiB", statistics.median(misses), bound)
         )
     return all(held)
 
