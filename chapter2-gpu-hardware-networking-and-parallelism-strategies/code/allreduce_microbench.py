@@ -142,19 +142,19 @@ def sample(op: str, sizes: list[SimpleNamespace], args: argparse.Namespace) -> l
     # A batch hides that ranks start unevenly; one of BATCH_S seconds is long enough for that.
     calls = [max(2, min(args.iters, int(BATCH_S / s))) for s in warm.tolist()]
     times = [torch.empty(1 + args.bare, 0)] * len(sizes)
-    todo = list(range(len(sizes)))
+    unsettled = list(range(len(sizes)))
     quiet = True if dist.get_rank() else None  # None: a bar on a terminal only
     for done in tqdm(range(1, (8 if args.bare else 4) * args.repeats + 1), op, disable=quiet):
         loops = range(1 + args.bare)
-        new = [[batch_seconds(op, sizes[i], bool(b), calls[i]) for b in loops] for i in todo]
-        for i, row in zip(todo, slowest_rank(new, device), strict=True):
+        new = [[batch_seconds(op, sizes[i], bool(b), calls[i]) for b in loops] for i in unsettled]
+        for i, row in zip(unsettled, slowest_rank(new, device), strict=True):
             times[i] = torch.cat([times[i], row[:, None]], 1)
         if done >= args.repeats:
             best = [
                 s[0].min().item() for s in times
             ]  # a size slower than a larger one can do better
-            todo = [i for i in todo if not settled(times[i]) or best[i] > min(best[i:])]
-        if not todo:
+            unsettled = [i for i in unsettled if not settled(times[i]) or best[i] > min(best[i:])]
+        if not unsettled:
             break
     return times
 
