@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import book
+import listing
 import pytest
 import warm
 from book import where
@@ -369,13 +370,13 @@ def listings(root: Path) -> list[str]:
 
 
 def pasted_code(root: Path) -> list[str]:
-    """Python in a chapter is a listing that cog keeps, or says why it is none."""
+    """Code in a chapter is a listing that cog keeps, or says why it is none."""
     return [
-        f"{where(fence.path, root, fence.line)}: Python without `[[[cog listing(...) ]]]` above it"
+        f"{where(fence.path, root, fence.line)}: {fence.language} without `[[[cog listing(...) ]]]`"
         for chapter in book.chapters(root)
         if (chapter / "main.md").is_file()
         for fence in book.fences(chapter / "main.md")
-        if fence.language == "python"
+        if fence.language in listing.LANGUAGES.values()
         and "[[[cog" not in fence.above
         and not (fence.marker and fence.marker[1] == "not run" and fence.marker["text"])
     ]

@@ -177,7 +177,8 @@ def test_command_of_a_script_that_is_gone(repository: Path) -> None:
         ("## The sum", "## The sum\n\n<b>bold</b>", "HTML: <b>"),
         ("## The sum", "## The sum\n\n`a<b>` and $a<b>c$", ""),
         ("## The sum", "## The sum\n\n```\nplain\n```", "fence without a language"),
-        ("## The sum", "## The sum\n\n```python\nx = 1\n```", "Python without"),
+        ("## The sum", "## The sum\n\n```python\nx = 1\n```", "python without `[[[cog"),
+        ("## The sum", "## The sum\n\n```yaml\na: 1\n```", "yaml without `[[[cog"),
         ("## The sum", "## The sum\n\n```bash\ngit clone x\n```", "neither python, torchrun"),
         ("## The sum", "## The sum\n\n```bash\npython a.py | tail\n```", "needs a shell"),
         ("## The sum", "## The sum\n\n```bash\nmake all\n```", "make all:"),
@@ -465,3 +466,24 @@ def test_parts_of_a_script(tmp_path: Path) -> None:
     assert listing.source_of(tmp_path / "a.py", "tail") == "x = 1"
     with pytest.raises(ValueError, match="no function, class or region named B"):
         listing.source_of(tmp_path / "a.py", "B")
+
+
+JOB = "#!/bin/sh\n# region: launch\nsrun hostname | sort\n# endregion\n"
+
+
+def test_parts_of_a_file_that_is_not_python(tmp_path: Path) -> None:
+    put(tmp_path, "a.sbatch", JOB)
+    assert listing.source_of(tmp_path / "a.sbatch") == JOB.strip()
+    assert listing.source_of(tmp_path / "a.sbatch", "launch") == "srun hostname | sort"
+    with pytest.raises(ValueError, match="no region named f"):
+        listing.source_of(tmp_path / "a.sbatch", "f")
+
+
+def test_listing_of_a_file_that_is_not_python(repository: Path) -> None:
+    """Nobody types it, so none of its lines is a command; and it may not drift either."""
+    put(repository, f"{CHAPTER}/code/launch/a.sbatch", JOB)
+    whole = f'<!-- [[[cog listing("code/launch/a.sbatch") ]]] -->\n```shell-script\n{JOB}```\n'
+    put(repository, f"{CHAPTER}/main.md", f"{MAIN}\n{whole}<!-- [[[end]]] -->\n")
+    assert text_problems(repository) == ""
+    put(repository, f"{CHAPTER}/code/launch/a.sbatch", JOB.replace("sort", "uniq"))
+    assert "make listings" in text_problems(repository)
