@@ -36,8 +36,8 @@ Pair = tuple[float, float]
 PARTS = ("compute", "communication", "hidden", "exposed")
 STEP = "step of "  # what a step is called in the trace
 ROW = "{:>5}{:>8}{:>10}{:>8}{:>7}{:>7}{:>15} |{:>8}{:>7}{:>7}{:>8}{:>6}"
-# gloo's thread closes the record of an all-reduce a moment after it is done. A profiler that has
-# stopped by then has given the record's memory back, and the process may crash.
+# gloo's thread ends its record of an all-reduce a moment after the main thread has gone on with
+# the sum: time for the last one, before the profiler stops.
 SETTLE_S = 0.1
 BOUND = 0.2  # error of a predicted step on the stand-in
 

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile, record_function, schedule
 
 COLORS = {"#5e3c99": "computes", "#fdb863": "all-reduce, hidden", "#e66101": "all-reduce, exposed"}
-# gloo's thread closes the record of an all-reduce a moment after it is done. A profiler that has
-# stopped by then has given the record's memory back, and the process may crash.
+# gloo's thread ends its record of an all-reduce a moment after the main thread has gone on with
+# the sum: time for the last one, before the profiler stops.
 SETTLE_S = 0.1
 PARTS = ("compute", "hidden", "exposed", "waiting")
 ROW = "{:>5}{:>5} |{:>7}{:>9}{:>8}{:>9}{:>9}{:>7} |{:>9}{:>9}{:>7}"
