@@ -296,6 +296,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> bool:
             f"overflow on rank {n - 1} in step {args.overflow_step}: the scale is {fell:g} of what it was"
         )
         held.append(check("fp16: weights moved by that step, on any rank", moved, 0))
+        held.append(check("fp16: scale after it, of before, on any rank", fell, 0.5))
         held.append(
             check("fp16: steps skipped, and overflows, differ by", runs["fp16"].skipped - 1, 0)
         )
