@@ -50,7 +50,7 @@ def accumulate(
 ) -> float:
     """2. Many micro-batches, one synchronization. Section 3.5, about 15 lines.
 
-    `micro_batches` is this rank's part of the global batch: one or more couples (tokens, targets),
+    `micro_batches` is this rank's part of the global batch: one or more pairs (tokens, targets),
     both int64, [batch, seq]. `model(tokens)` returns logits, [batch, seq, vocabulary]. A target of
     -100 is padding, and does not count. Micro-batches differ in size and in padding, some may be
     all padding, and ranks may have different numbers of them. At least one target on some rank
@@ -98,7 +98,7 @@ def save_checkpoint(state: bytes, folder: Path, step: int) -> None:
 
     When you return, the checkpoint survives a power cut: its bytes were on the disk (os.fsync)
     before it got its name, and the folder, which is what holds the name, was written after that
-    (os.fsync of a descriptor of the folder). If writing fails, since the disk is full for one, the
+    (os.fsync of a descriptor of the folder). If writing fails, because the disk is full, say, the
     OSError is passed on, and the folder is what it was before.
     """
     raise NotImplementedError

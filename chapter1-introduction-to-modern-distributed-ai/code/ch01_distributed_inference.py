@@ -243,7 +243,7 @@ def join_group(wanted: str) -> torch.device:
         stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
     local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:

@@ -17,12 +17,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo  # DDP's; before there is a group: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -295,7 +296,7 @@ def report(trials: dict[str, Trial], held_out: torch.Tensor, args: argparse.Name
     """Print what each hook sent and lost; return True if every claim about it held."""
     say(f"{'':<12}{'MB sent per step':>18}{'relative error of':>20}{'loss held out':>20}")
     say("hook          counted  formula  one step their sum      nats   - plain")
-    row, off_formula = "{:<12}{:>9.4f}{:>9.4f}{:>10.2g}{:>10.2g}{:>10.4f}{:>+10.4f}", 0.0
+    row, off_formula = "{:<12}{:>9.4f}{:>9.4f}{:>10.2g}{:>10.2g}{:>10.4f}{:>+10.4f}", []
     for name, trial in trials.items():
         with torch.no_grad():
             logits = trial.model(held_out[:, :-1])
@@ -303,7 +304,7 @@ def report(trials: dict[str, Trial], held_out: torch.Tensor, args: argparse.Name
         trial.sum_error = (trial.missing.norm() / trial.wanted.norm()).item()
         one_step = statistics.fmean(trial.errors[args.warm_up :] or trial.errors)
         sent, formula = trial.link.sent / args.steps, bytes_by_formula(trial, args)
-        off_formula = max(off_formula, abs(sent - formula))
+        off_formula.append(abs(sent - formula))
         losses = trial.loss, trial.loss - trials["none"].loss
         say(row.format(name, sent / 1e6, formula / 1e6, one_step, trial.sum_error, *losses))
 
@@ -315,17 +316,19 @@ def report(trials: dict[str, Trial], held_out: torch.Tensor, args: argparse.Name
     lost = (top_k.missing - residual).norm() / top_k.wanted.norm()
     fed = top_k.sum_error / max(forgetful.sum_error, TINY)
     judged = [power, top_k] if args.steps * args.keep >= 1 else [power]  # every element had a turn
-    far = max(trial.loss for trial in judged) - none.loss
-    close = max(abs(fp16.loss - none.loss), abs(int8.loss - none.loss))
+    far = worst(trial.loss - none.loss for trial in judged)
+    close = worst(abs(trial.loss - none.loss) for trial in (fp16, int8))
     held = [
-        check("bytes per step, off the formula", off_formula, 0.01),
-        check("spread of weights over ranks", max(max_spread(t.model) for t in trials.values()), 0),
-        check("none: relative error of a step", max(none.errors), 1e-6),
-        check("fp16: relative error of a step", max(fp16.errors), 0.01),
-        check("int8: relative error of a step", max(int8.errors), 0.05),
+        check("bytes per step, off the formula", worst(off_formula), 0.01),
+        check(
+            "spread of weights over ranks", worst(max_spread(t.model) for t in trials.values()), 0
+        ),
+        check("none: relative error of a step", worst(none.errors), 1e-6),
+        check("fp16: relative error of a step", worst(fp16.errors), 0.01),
+        check("int8: relative error of a step", worst(int8.errors), 0.05),
         check("int8: rounding, in steps of the scale", rounding.abs().max().item(), 0.5001),
         check("top-k: sent + residual, off the gradients' sum", lost.item(), 1e-5),
-        check("top-k: error of the sum / without feedback", fed, 1),
+        check("top-k: error of the sum / without feedback", fed, 0.9),
         check("fp16, int8: loss off plain", close, 0.05),
         check("powerSGD, top-k: loss above plain", far, 0.5),
     ]
@@ -414,7 +417,7 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
         f"gradients, buckets per step: {len(buckets) / args.steps:.3g}, powerSGD's warm-up: "
         f"{args.warm_up} steps"
     )
-    held = report(trials, held_out.unfold(0, args.context + 1, args.context), args)
+    held = report(trials, held_out.unfold(0, args.context + 1, args.context)[:512], args)
     timed = [trials[name] for name in NAMES[:-1]]  # forgetting saves no time worth a row
     held = time_steps(timed, data, args) and held
     if dist.get_rank() == 0 and args.json:
@@ -426,13 +429,17 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     return held
 
 
+def worst(values: Iterable[float]) -> float:
+    """Their largest, and NaN if one of them is."""
+    return torch.tensor([*values]).max().item()
+
+
 def max_spread(model: nn.Module) -> float:
-    """Largest difference between any two ranks' copies of any weight."""
+    """Largest difference of any weight from rank 0's."""
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    low, high = flat.clone(), flat.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    return (high - low).max().item()
+    rank_0s = flat.clone()
+    dist.broadcast(rank_0s, src=0)
+    return (flat - rank_0s).abs().max().item()
 
 
 def check(claim: str, value: float, bound: float) -> bool:
@@ -467,11 +474,11 @@ def read_bytes(path: Path, at_least: int) -> torch.Tensor:
 
 def join_group(wanted: str) -> torch.device:
     """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
+    if "LOCAL_WORLD_SIZE" not in os.environ:
         stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
     local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:
@@ -480,7 +487,10 @@ def join_group(wanted: str) -> torch.device:
         device = torch.device("cpu")
     else:
         torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
+        device = torch.device(device.type, local_rank)
+    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
+    dist.init_process_group(backend, device_id=bound)
+    dist.barrier()  # all are here, before one may leave for what it is given
     return device
 
 

@@ -214,7 +214,7 @@ def group_timeout(args: argparse.Namespace) -> float:
 
 def take_part(number: int, args: argparse.Namespace, pipe: Connection, log: IO) -> None:
     """Be this rank in one experiment, in a process of its own; then wait to be killed."""
-    fault, level, _ = args.cases[number]
+    fault, level, asks = args.cases[number]
     os.dup2(log.fileno(), sys.stderr.fileno())
     signal.alarm(120)  # whatever becomes of the parent
     torch.set_num_threads(1)
@@ -230,8 +230,13 @@ def take_part(number: int, args: argparse.Namespace, pipe: Connection, log: IO) 
     ready(pipe)
     if level != DETAIL:
         _set_pg_timeout(timedelta(seconds=args.timeout))
-    rank, stack = Rank(args.rank == args.culprit, args.timeout), tempfile.TemporaryFile("w+")  # noqa: SIM115
-    faulthandler.dump_traceback_later(args.timeout / 2, file=stack)
+    rank, look = (
+        Rank(args.rank == args.culprit, args.timeout),
+        stacks in (tool for tool, *_ in asks),
+    )
+    stack = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    if look:  # only at what stands: a stack that changes while it is read can kill its process
+        faulthandler.dump_traceback_later(args.timeout / 2, file=stack)
     start = time.time()
     try:
         for _ in range(4 if fault == "slow" else 1):
@@ -239,12 +244,13 @@ def take_part(number: int, args: argparse.Namespace, pipe: Connection, log: IO) 
     except RuntimeError as exception:
         rank.said = str(exception)
     rank.seconds = time.time() - start
-    time.sleep(max(0, 0.6 * args.timeout - rank.seconds))  # until the stack is written
-    rank.looked = os.fstat(stack.fileno()).st_mtime - start
-    stack.seek(0)
-    frames = re.findall(r'File "(.+)", line (\d+) in', stack.read())  # the innermost first
-    mine = [linecache.getline(file, int(line)) for file, line in frames if file == __file__]
-    rank.stood = "distributed_c10d" in frames[0][0], mine[0].strip()
+    if look:
+        time.sleep(max(0, 0.6 * args.timeout - rank.seconds))  # until the stack is written
+        rank.looked = os.fstat(stack.fileno()).st_mtime - start
+        stack.seek(0)
+        frames = re.findall(r'File "(.+)", line (\d+) in', stack.read())  # the innermost first
+        mine = [linecache.getline(file, int(line)) for file, line in frames if file == __file__]
+        rank.stood = "distributed_c10d" in frames[0][0], mine[0].strip()
     trace = pickle.loads(torch._C._distributed_c10d._dump_fr_trace())  # noqa: S301 - our own
     for call in trace["entries"]:
         name = call["profiling_name"].removeprefix("gloo:")

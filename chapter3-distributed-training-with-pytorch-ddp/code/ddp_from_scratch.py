@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP's; before there is a group: section 3.8
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
@@ -192,7 +193,7 @@ def flat(model: nn.Module, what: str) -> torch.Tensor:
 
 def apart(mine: torch.Tensor, other: torch.Tensor) -> float:
     difference = (mine - other).abs().max() / other.abs().max()
-    return difference.nan_to_num(nan=torch.inf).item()
+    return difference.item()
 
 
 def unnamed(args: argparse.Namespace, device: torch.device) -> bool:
@@ -289,7 +290,7 @@ def check(claim: str, value: float, bound: float, at_least: bool = False) -> boo
     values = [0.0] * dist.get_world_size()
     dist.all_gather_object(values, value)
     worst = min(values) if at_least else max(values)
-    held = worst >= bound if at_least else worst <= bound
+    held = all(v >= bound if at_least else v <= bound for v in values)  # false for NaN
     sign, verdict = ">=" if at_least else "<=", "ok" if held else "FAILED"
     say(f"check: {claim} = {worst:.3g} {sign} {bound:.3g}  {verdict}")
     return held
@@ -302,11 +303,11 @@ def say(line: str) -> None:
 
 def join_group(wanted: str) -> torch.device:
     """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
+    if "LOCAL_WORLD_SIZE" not in os.environ:
         stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
     local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:
@@ -315,7 +316,10 @@ def join_group(wanted: str) -> torch.device:
         device = torch.device("cpu")
     else:
         torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
+        device = torch.device(device.type, local_rank)
+    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
+    dist.init_process_group(backend, device_id=bound)
+    dist.barrier()  # all are here, before one may leave for what it is given
     return device
 
 

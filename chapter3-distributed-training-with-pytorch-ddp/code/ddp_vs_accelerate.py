@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch._dynamo  # DDP's; before there is a group: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 from train_ddp_torchrun import (
     ByteLM,
     ShareOfBatch,
+    above_zero,
     batches,
     check,
     join_group,
@@ -60,7 +62,7 @@ def ours(
     sampler = ShareOfBatch(len(train), args.batch, rank, world_size, args.seed)
     loader = DataLoader(train, batch_sampler=sampler, pin_memory=device.type != "cpu")
     for window in batches(loader, sampler, 0, args.steps):
-        train_step(ranked, optimizer, window.to(device), args.batch, args.clip)
+        train_step(ranked, optimizer, window.to(device, non_blocking=True), args.batch, args.clip)
         schedule.step()
         yield model
 
@@ -95,7 +97,6 @@ def accelerated(
 
 def run(args: argparse.Namespace, device: torch.device) -> bool:
     world_size = dist.get_world_size()
-    dist.barrier()  # all are here, before one may leave for what it is given
     if args.batch % world_size:
         stop(
             f"{world_size} ranks, and Accelerate deals equal shares: type --batch {world_size * 6}"
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     pairs = zip(*(model.parameters() for model in models.values()), strict=True)
-    apart = max((a - b).abs().max().item() for a, b in pairs)
+    apart = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
 
     tokens, warm = args.batch * args.context, min(5, args.steps - 1)
     ranks = f"{world_size} rank{'s' * (world_size > 1)}"
@@ -150,12 +151,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--width", type=positive, default=128, help="size of a token's vector")
     parser.add_argument("--layers", type=positive, default=2, help="transformer blocks")
     parser.add_argument("--heads", type=positive, default=4, help="attention heads")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--lr", type=above_zero, default=1e-3, help="AdamW's peak learning rate")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient")
     parser.add_argument("--seed", type=int, default=0, help="for weights and shuffling")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the seconds of all steps to this file")
     args = parser.parse_args()
+    if args.width % (2 * args.heads):
+        stop(f"--width {args.width} is no multiple of 2 x --heads {args.heads}")
+    if args.steps < 7:
+        stop(f"--steps {args.steps}: type --steps 7 or more")
     if args.json and not args.json.parent.is_dir():
         stop(f"--json {args.json}: there is no folder {args.json.parent}")
     return args

@@ -1,7 +1,7 @@
 """Where does a step of DDP go? Every rank's trace, merged on one clock, and read: who waits for whom?
 
     torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py
-    torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --straggler 1 30
+    torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --straggler 1 60
     torchrun --nproc_per_node=3 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --straggler 0 40 --layers 1 --width 64 --batch 2
 
 On GPUs:
@@ -24,6 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says when it starts and stops
 import torch
+import torch._dynamo  # DDP's; before there is a group: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -33,7 +34,8 @@ from torch.profiler import profile, record_function, schedule
 COLORS = {"#5e3c99": "computes", "#fdb863": "all-reduce, hidden", "#e66101": "all-reduce, exposed"}
 # gloo's thread ends its record of an all-reduce a moment after the main thread has gone on with
 # the sum: time for the last one, before the profiler stops.
-SETTLE_S = 0.1
+SETTLE_S = 0.3
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # what a trace says that a GPU does
 PARTS = ("compute", "hidden", "exposed", "waiting")
 ROW = "{:>5}{:>5} |{:>7}{:>9}{:>8}{:>9}{:>9}{:>7} |{:>9}{:>9}{:>7}"
 Spans = list[tuple[int, int]]  # (begin, end) in ns
@@ -119,7 +121,7 @@ def gaps(spans: Spans, begin: int, end: int) -> Spans:
 
 def timeline(events: list[dict], device: torch.device) -> Timeline:
     """Read a trace. On a CPU, computation is an operator of the main thread, and an all-reduce goes
-    on from its call there until gloo's thread is done with it. On a GPU, both are kernels.
+    on from its call there until gloo's thread is done with it. On a GPU, both are its own work.
     """
     timed = sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"])
     notes = (e for e in timed if e["cat"] == "user_annotation")
@@ -130,7 +132,7 @@ def timeline(events: list[dict], device: torch.device) -> Timeline:
         sends = list(zip(calls, ends, strict=True))
         works = [span(e) for e in timed if e["cat"] == "cpu_op" and e["tid"] == steps[0]["tid"]]
     else:
-        kernels = [(span(e), "nccl" in e["name"].lower()) for e in timed if e["cat"] == "kernel"]
+        kernels = [(span(e), "nccl" in e["name"].lower()) for e in timed if e["cat"] in GPU_WORK]
         sends, works = ([s for s, nccl in kernels if nccl is wanted] for wanted in (True, False))
     return {"steps": [span(e) for e in steps], "works": works, "sends": sends}
 
@@ -333,11 +335,13 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     early = [max(begin for begin, _ in call) - min(end for _, end in call) for call in calls]
     begun = zip(own["steps"], found["begun"], strict=True)
     off = min(abs(bases[rank] + begin - shift - at) for (begin, _), at in begun)
+    # Clocks of two machines are known to half a ping each; those of one machine are the same.
+    blur = sum(sorted(d for a, d in clocks if abs(a) > d)[-2:]) / 1e3
     held = [
         check(*same),
         check("compute + exposed + idle, off the step", max(abs(1 - p) for p in parts), 0.01),
-        check("steps in the trace, off the loop's clock (ms)", off / 1e6, 1),
-        check("an all-reduce ends before its last call (us)", max(early) / 1e3, 0),
+        check("steps in the trace, off the loop's clock (ms)", off / 1e6, 5),
+        check("an all-reduce ends before its last call (us)", max(early, default=0) / 1e3, blur),
         check("merged.json.gz, events or ranks amiss", faults(merged, n) if traces else 0, 0),
     ]
     if os.environ["LOCAL_WORLD_SIZE"] == str(n):
@@ -347,6 +351,8 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
         )
     if args.straggler:
         asleep, ms = args.straggler
+        short = ms - min(row[asleep]["idle"] for row in table) / 1e6
+        held.append(check(f"ms of the {ms:g} that its idle time lacks", short, 0.1))
         held.append(check("rank found late, off the one that slept", abs(late - asleep), 0))
         unseen = 1 - waited[asleep] / ms
         held.append(check(f"share of its {ms:g} ms for which nobody waited", unseen, 0.5))
@@ -378,7 +384,8 @@ def plot(ranks: list[Timeline], path: Path) -> None:
         core, link = clip(rank["works"], *step), clip(rank["sends"], *step)
         exposed = [span for gap in gaps(core, *step) for span in clip(link, *gap)]
         for y, spans, color in zip((-0.2, 0.2, 0.2), (core, link, exposed), COLORS, strict=True):
-            bars = [((begin - zero) / 1e6, (end - begin) / 1e6) for begin, end in spans]
+            wide = union([(begin, end + 50_000) for begin, end in spans])  # finer gaps do not show
+            bars = [((begin - zero) / 1e6, (end - 50_000 - begin) / 1e6) for begin, end in wide]
             label = COLORS[color] if r == 0 else None
             axis.broken_barh(bars, (r + y - 0.18, 0.36), color=color, linewidth=0, label=label)
     axis.set_yticks(range(len(ranks)), [f"rank {r}" for r in range(len(ranks))])
@@ -421,11 +428,11 @@ def read_bytes(path: Path, at_least: int) -> torch.Tensor:
 
 def join_group(wanted: str) -> torch.device:
     """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
+    if "LOCAL_WORLD_SIZE" not in os.environ:
         stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
     local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:
@@ -434,7 +441,10 @@ def join_group(wanted: str) -> torch.device:
         device = torch.device("cpu")
     else:
         torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
+        device = torch.device(device.type, local_rank)
+    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
+    dist.init_process_group(backend, device_id=bound)
+    dist.barrier()  # all are here, before one may leave for what it is given
     return device
 
 
@@ -455,19 +465,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.error = lambda message: stop(f"{message}: --help lists the flags")
     add, chapter = parser.add_argument, Path(__file__).resolve().parents[1]
-    add(
-        "--straggler",
-        type=float,
-        nargs=2,
-        metavar=("RANK", "MS"),
-        help="this rank's data come late",
-    )
+    add("--straggler", type=float, nargs=2, metavar=("RANK", "MS"), help="whose data come late")
     add("--out", type=Path, default="runs/ch03_profile_ddp", help="folder for the traces")
     add("--steps", type=positive, default=4, help="recorded per cycle, and as many that are not")
     add("--cycles", type=positive, default=3, help="of steps; the last one's trace is kept")
-    add(
-        "--data", type=Path, default=chapter / "main.md", help="text to learn; default: the chapter"
-    )
+    add("--data", type=Path, default=chapter / "main.md", help="text; default: the chapter")
     add("--batch", type=positive, default=4, help="windows of text per step and rank")
     add("--context", type=positive, default=128, help="bytes per window")
     add("--width", type=positive, default=128, help="size of a token's vector")

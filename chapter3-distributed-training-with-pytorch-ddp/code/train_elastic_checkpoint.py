@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP's; before there is a group: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -418,15 +419,15 @@ def compare(job: Training, reference: Training, args: argparse.Namespace) -> boo
     whose = "rank 0's" if moved else "the undisturbed run's"
     pairs = list(zip(job.history, reference.history, strict=True))
     batches = sum(mine[1] != its[1] for mine, its in pairs)
-    apart = max(abs(mine[0] - its[0]) for mine, its in pairs)
+    apart = torch.tensor([abs(mine[0] - its[0]) for mine, its in pairs]).max().item()
     held = [
         check(f"digests of weights and optimizer other than {whose}", job.digest() != expected, 0),
         check("steps with another batch than undisturbed", batches, 0),
     ]
     if not moved or args.dropout == 0:
         held.append(check("max |loss - loss undisturbed|", apart, 1e-5 if moved else 0))
-    saved = from_rank_0(lambda: newest_sound(args.dir)[0]) or {"step": 0}
-    held.append(check("steps that the newest checkpoint lacks", args.steps - saved["step"], 0))
+    saved = from_rank_0(lambda: (newest_sound(args.dir)[0] or {"step": 0})["step"])
+    held.append(check("steps that the newest checkpoint lacks", args.steps - saved, 0))
     return all(held)
 
 
@@ -465,7 +466,7 @@ def check(claim: str, value: float, bound: float) -> bool:
     """Print whether the worst rank keeps `value` within `bound`; every rank gets the same answer."""
     values = [0.0] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    held = max(values) <= bound
+    held = all(v <= bound for v in values)  # false for NaN
     say(f"check: {claim} = {max(values):.3g} <= {bound:.3g}  {'ok' if held else 'FAILED'}")
     return held
 
@@ -488,11 +489,11 @@ def read_bytes(path: Path, at_least: int) -> torch.Tensor:
 
 def join_group(wanted: str) -> torch.device:
     """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
+    if "LOCAL_WORLD_SIZE" not in os.environ:
         stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
     local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:
@@ -501,14 +502,16 @@ def join_group(wanted: str) -> torch.device:
         device = torch.device("cpu")
     else:
         torch.accelerator.set_device_index(local_rank)
+        device = torch.device(device.type, local_rank)
     # torchrun keeps its store through all restarts, with the addresses of the dead in it: a prefix
     # hides them. Several nodes count restarts each for itself; give them
     # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and each start has a new store.
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "gloo" if device.type == "cpu" else None  # None: PyTorch chooses
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=bound)
+    dist.barrier()  # all are here, before one may leave for what it is given
     return device
 
 

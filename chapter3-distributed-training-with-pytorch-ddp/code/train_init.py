@@ -96,16 +96,18 @@ def from_slurm(env: Mapping[str, str]) -> dict[str, str]:
 def pick_device(wanted: str, seat: Seat) -> torch.device:
     """This rank's own GPU where each rank has one; else the CPU, unless GPUs were asked for."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type == "cpu" else torch.accelerator.device_count()
-    ranks_here = seat.ranks_here
+    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
+    local_rank, ranks_here = seat.local_rank, seat.ranks_here
+    if seat.launcher == "srun" and "SLURM_GPUS_PER_TASK" in os.environ:
+        local_rank, ranks_here = 0, 1  # a task sees its own GPUs, and nobody else's
     if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
         stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
     if wanted == "cpu" or devices < ranks_here:
         if devices and wanted == "auto" and seat.local_rank == 0:
             print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
         return torch.device("cpu")
-    torch.accelerator.set_device_index(seat.local_rank)
-    return torch.device(device.type, seat.local_rank)
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(device.type, local_rank)
 
 
 def open_store(seat: Seat, limit: float) -> dist.Store:

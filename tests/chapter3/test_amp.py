@@ -40,6 +40,7 @@ def test_every_world_size(run: Run, flags: str, world_size: int) -> None:
         (f"{AMP} --steps 2", "type --steps 5 or more"),
         (f"{AMP} --heads 3", "--width 32 is no multiple of 2 x --heads 3"),
         (f"{AMP} --precision int8", "--precision"),
+        (f"{AMP} --scale 0", "0 is not a number above 0"),
         (f"{AMP} --json no-such-folder/x.json", "no-such-folder"),
     ],
 )
@@ -68,13 +69,13 @@ def test_bad_input_to_several_ranks(run: Run, line: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        # the gradients that the optimizer sees are still scaled, and so is the norm
-        ("        run.scaler.unscale_(run.optimizer)\n        errors[name]", "        errors[name]"),
+        # the gradients that are compared are still scaled
+        ("(run.gradient() - truth)", "(run.gradient() * run.scaler.get_scale() - truth)"),
         # a step is taken in spite of the overflow
         ("self.scaler.step(self.optimizer)", "self.optimizer.step()"),
         # the scale never falls
         ("        self.scaler.update()\n        self.optimizer.zero_grad()\n        if",
-         "        self.optimizer.zero_grad()\n        if"),
+         "        self.scaler.update(2.0**14)\n        self.optimizer.zero_grad()\n        if"),
         # no gradient is averaged
         ("self.model = DistributedDataParallel(model)", "self.model = model"),
         # a sum for a mean
@@ -96,6 +97,7 @@ def test_mutants_are_caught(run: Run, checkout: Path, right: str, wrong: str) ->
     result = run(torchrun(2, f"mutant_{AMP} --batch 4"), timeout=60)
     mutant.unlink()
     assert result.returncode not in (0, warm.TIMED_OUT)
+    assert "FAILED" in result.stdout, result.stderr
 
 
 def test_formats_have_the_digits_and_the_range_that_the_chapter_says() -> None:

@@ -81,6 +81,7 @@ def test_mutants_are_caught(run: Run, checkout: Path, fault: str, right: str, wr
     result = run(torchrun(3, f"mutant_{NAME} --only {fault} --timeout 0.5"), timeout=60)
     mutant.unlink()
     assert result.returncode not in (0, warm.TIMED_OUT)
+    assert "FAILED" in result.stdout, result.stderr
 
 
 # --- the tools, on evidence made by hand -------------------------------------------------------

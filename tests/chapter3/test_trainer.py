@@ -75,8 +75,13 @@ def test_a_resume_on_other_ranks_keeps_the_curve(
         (f"{SMALL} --json no-such-folder/x.json", "no-such-folder"),
         (f"{SMALL} --compare no-such-file", "no-such-file"),
         (f"{SMALL} --compare LICENSE", "no losses of an earlier run"),
+        (f"{SMALL} --out LICENSE", "--out LICENSE: File exists"),
+        (f"{SMALL} --dropout 1", "--dropout 1: give 0 or more, and less than 1"),
+        (f"{SMALL} --lr -1", "-1 is not a number above 0"),
         ("ddp_vs_accelerate.py", "torchrun --nproc_per_node=2"),
         ("ddp_vs_accelerate.py --steps -1", "--steps"),
+        ("ddp_vs_accelerate.py --steps 6", "type --steps 7 or more"),
+        ("ddp_vs_accelerate.py --heads 3", "--width 128 is no multiple of 2 x --heads 3"),
     ],
 )
 def test_bad_input_gets_one_line(run: Run, line: str, says: str) -> None:
