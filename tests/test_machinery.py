@@ -333,6 +333,34 @@ def test_script_that_quits(repository: Path, old: str, new: str, complaint: str)
     assert f"paste: {COMMAND}" in problem
 
 
+@pytest.mark.parametrize(
+    ("claim", "good_from", "passes"),
+    [
+        ("our time over torch's", 3, True),
+        ("our time over torch's", 4, False),  # slow for good
+        ("gradients, off torch's", 2, False),  # what is wrong once is wrong
+    ],
+)
+def test_a_busy_moment_breaks_only_claims_about_time(
+    repository: Path, claim: str, good_from: int, passes: bool
+) -> None:
+    put(repository, "runs", "")
+    put(
+        repository,
+        SCRIPT,
+        "import sys\n"
+        "with open('runs', 'a+') as runs:\n"
+        "    runs.write('x')\n"
+        "    runs.seek(0)\n"
+        f"    held = len(runs.read()) >= {good_from}\n"
+        f'print("check: {claim} = 1 <= 1  " + ("ok" if held else "FAILED"))\n'
+        "sys.exit(not held)\n",
+    )
+    problems = checks.run_command(book.parse_command(f"python {SCRIPT}"), repository)
+    assert bool(problems) is not passes
+    assert len((repository / "runs").read_text()) == (3 if "time" in claim else 1)
+
+
 def test_script_that_hangs_is_ended_with_all_it_started(repository: Path) -> None:
     hang = "    import subprocess\n    subprocess.run(['sleep', '77'])\n"
     change(repository, SCRIPT, "    result =", f"{hang}    result =")
