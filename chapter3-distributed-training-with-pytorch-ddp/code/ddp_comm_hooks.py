@@ -426,6 +426,8 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     if dist.get_rank() == 0 and args.plot:
         plot(timed, args)
+    for trial in trials.values():
+        del trial.replica  # it holds its hook's state in C++, that is the trial: neither would go
     return held
 
 

@@ -24,6 +24,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+import torch._dynamo  # DDP's; before there is a group: section 3.8
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Join

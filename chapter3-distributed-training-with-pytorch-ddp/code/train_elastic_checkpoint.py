@@ -12,6 +12,7 @@ Try --kill-at 13 27 --kill-rank 0 1 --kill-during-save 30, or kill -9 a rank you
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -574,6 +575,7 @@ def main() -> None:
             raise
         sys.exit(f"rank {dist.get_rank()}: connection closed by another rank, which is gone")
     finally:
+        gc.collect()  # a trainer and its batches hold each other, and with DDP the group
         dist.destroy_process_group()
     sys.exit(not held)
 
