@@ -277,7 +277,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> bool:
     for name, run in runs.items():
         if name != "fp32" and "fp32" in runs:
             apart = abs(tail(run) - tail(runs["fp32"]))
-            held.append(check(f"{name}: |loss - fp32's|, mean of the last five", apart, 0.05))
+            allowed = 0.05 + 0.1 * run.skipped  # an update fewer is behind
+            held.append(check(f"{name}: |loss - fp32's|, mean of the last five", apart, allowed))
             less = kept[name][0] / kept["fp32"][0]
             held.append(check(f"{name}: activations kept, of fp32's", less, 0.9))
         weights = run.weights()

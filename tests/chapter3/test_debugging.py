@@ -84,6 +84,27 @@ def test_mutants_are_caught(run: Run, checkout: Path, fault: str, right: str, wr
     assert "FAILED" in result.stdout, result.stderr
 
 
+WRAPPED = """
+import torch, torch._dynamo
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("level", "code"), [("INFO", 0), ("DETAIL", 1)])
+def test_ddp_under_detail_crashes_on_gloo(tmp_path: Path, level: str, code: int) -> None:
+    """As section 3.8 says of torch 2.13; a release in which this fails is a reason to edit it."""
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    command = f"TORCH_DISTRIBUTED_DEBUG={level} torchrun --nproc_per_node=2 wrapped.py"
+    result = warm.run_cold(warm.parse_command(command), tmp_path, 60)
+    assert result.returncode == code, result.stderr
+    assert ("SIGSEGV" in result.stderr) is (code == 1)
+
+
 # --- the tools, on evidence made by hand -------------------------------------------------------
 
 

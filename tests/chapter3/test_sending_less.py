@@ -306,3 +306,31 @@ def diloco_in_rank() -> float:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_diloco_is_nesterov_on_what_ranks_moved(world_size: int) -> None:
     assert max(warm.fork_ranks(diloco_in_rank, world_size)) < 1e-12
+
+
+POWER = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+layers = nn.Sequential(*(nn.Linear(128, 128) for _ in range(8)))
+model = DistributedDataParallel(layers, bucket_cap_mb=BUCKET)
+model.register_comm_hook(powerSGD_hook.PowerSGDState(None, 2, 2), powerSGD_hook.powerSGD_hook)
+for _ in range(40):
+    model(torch.randn(2, 128)).sum().backward()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("mib", "ends"), [(25, True), (0.05, False)])
+def test_torchs_power_sgd_on_gloo_wants_one_bucket(
+    run: Run, tmp_path: Path, mib: float, ends: bool
+) -> None:
+    """As section 3.5 says of torch 2.13; a release in which this fails is a reason to edit it."""
+    path = tmp_path / "power.py"
+    path.write_text(POWER.replace("BUCKET", f"{mib}"))
+    result = run(f"torchrun --nproc_per_node=2 {path}", timeout=10)
+    assert (result.returncode == 0) is ends, result.stderr
