@@ -72,7 +72,7 @@ SMALL = {
     "local_sgd": "--steps 4 --seeds 1 --every 1 2 --diloco 2",
     "profile_ddp": "--steps 2 --cycles 1 --width 24 --heads 3 --layers 1",
     "train_ddp_torchrun": "--steps 3 --width 32",
-    "train_elastic_checkpoint": "--fresh --kill-at 0 --steps 4 --width 32",
+    "train_elastic_checkpoint": "--dir runs/tear_down --fresh --kill-at 0 --steps 4",
 }
 
 
