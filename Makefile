@@ -1,18 +1,19 @@
 # Two commands matter: `make quickstart` and `make test`. `make help` lists the rest.
-# Other Python: make quickstart PYTHON=python3.12      Part of the suite: make test ARGS="-m chapter1"
+# Other Python: make quickstart PYTHON=python3.12      A chapter's tests: make test ARGS="-m chapter1"
 
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 CH1 := chapter1-introduction-to-modern-distributed-ai/code
+CH8 := chapter8-distributed-ai-training-in-action
 TORCH := $(shell sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup test lint outputs figures listings clean
+.PHONY: help quickstart setup test test-all measure lint copies listings outputs figures book-model clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 quickstart: .venv/.train ## Install what chapters 1 to 5 need, then train the book's first model, alone and by two ranks
 	@echo; echo "1/3  What is this machine?"
@@ -25,12 +26,21 @@ quickstart: .venv/.train ## Install what chapters 1 to 5 need, then train the bo
 
 setup: .venv/.train ## Make .venv with what chapters 1 to 5 need, and stop there
 
-test: .venv/.test ## Run every command of the book and every test (make test ARGS="-m chapter1 -x")
+test: .venv/.test ## Run every command of the book, and a test of each thing that it proves (ARGS="-m chapter1 -x")
 	python -m pytest $(ARGS)
+
+test-all: .venv/.test ## The same, and more ranks, seeds, faults, bad input, a Slurm cluster, broken algorithms
+	python -m pytest --all $(ARGS)
+
+measure: .venv/.test ## On a quiet machine: which claims about speed hold here (ARGS="--chapter 2")
+	python tests/record.py measure $(ARGS)
 
 lint: .venv/.test ## Check form, spelling, types and links without running a script
 	python -m ruff check . && python -m ruff format --check . && python -m mypy
 	python -m pytest tests/test_text.py $(ARGS)
+
+copies: .venv/.test ## Make every `# Copied from` in the scripts equal to its original again
+	python tests/copies.py
 
 listings: .venv/.test ## Fill the code listings of the chapters in from their scripts
 	python -m cogapp -r -I tests -p "from listing import listing" chapter*/main.md
@@ -40,6 +50,10 @@ outputs: .venv/.test ## Re-run the commands above the chapters' output blocks an
 
 figures: .venv/.test ## Re-run the commands that draw the chapters' figures
 	python tests/record.py figures $(ARGS)
+
+book-model: .venv/.train ## Train the model in chapter 8's checkpoint/ anew, about five minutes; goes on where it was stopped
+	torchrun --nproc_per_node=2 $(CH8)/code/train.py --steps 300 --warmup 30 --log-every 25 --out runs/book_model --resume
+	python $(CH8)/code/export_hf.py --run runs/book_model --to $(CH8)/checkpoint
 
 clean: ## Remove what runs have left behind (the environments stay)
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import book
-import checks
 import pytest
 import warm
 
@@ -21,6 +20,8 @@ pasted: list[str] = []  # commands that failed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the full tier too: `make test-all`")
+    parser.addoption("--sample", action="store_true", help="only each launcher and what measures")
     parser.addoption("--mine", action="store_true", help="grade exercises.py, not solutions.py")
     parser.addoption("--cold", action="store_true", help="run every command with its own launcher")
 
@@ -28,16 +29,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--cold"):
         os.environ["COLD"] = "1"
+    config.addinivalue_line("markers", "full: only in `make test-all`, not in the reader's tier")
+    config.addinivalue_line("markers", "sample: each launcher and each script that measures, once")
+    config.addinivalue_line("markers", "machinery: tests of no single chapter")
     for number in range(1, len(book.CHAPTERS) + 1):
         config.addinivalue_line("markers", f"chapter{number}: tests of chapter {number}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m chapter1` selects one chapter; `-k chapter1` would take 10 and 11 too."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`-m chapter1` selects one chapter (`-k chapter1` would take 10 and 11 too). Without --all the
+    full tier is left out; with --sample all is that is not of the sample.
+    """
     for item in items:
-        for number in {int(n) for n in re.findall(r"chapter(\d+)", item.nodeid)}:
+        numbers = {int(n) for n in re.findall(r"chapter(\d+)", item.nodeid)}
+        for number in numbers:
             if number <= len(book.CHAPTERS):
                 item.add_marker(f"chapter{number}")
+        if not numbers:
+            item.add_marker("machinery")
+    kept = [item for item in items if config.getoption("--all") or not has(item, "full")]
+    if config.getoption("--sample"):
+        kept = [item for item in kept if has(item, "sample")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def has(item: pytest.Item, marker: str) -> bool:
+    return item.get_closest_marker(marker) is not None
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +75,10 @@ def copy_tree(root: Path, folder: Path) -> None:
 
 @pytest.fixture
 def run(checkout: Path) -> Callable[..., warm.Result]:
-    """Run a command in the checkout: `run("torchrun --nproc_per_node=2 ...", timeout=60)`.
+    """Run a command in the checkout: `run("torchrun --nproc_per_node=2 ...", timeout=60)`."""
 
-    One that fails in claims about time alone is run again: the machine may be busy.
-    """
-
-    def run_there(command: str, timeout: float = 120) -> warm.Result:
-        return checks.at_a_quiet_moment(warm.run, command, checkout, timeout)
+    def run_there(command: str, timeout: float = 300) -> warm.Result:
+        return warm.run(command, checkout, timeout)
 
     return run_there
 

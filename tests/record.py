@@ -1,11 +1,13 @@
-"""Re-run the commands of the chapters' output blocks or figures, and put what they make in place.
+"""Re-run commands of the book on a quiet machine, for what they print, draw or measure.
 
     python tests/record.py outputs --chapter 1
     python tests/record.py figures --only ring_allreduce
+    python tests/record.py measure --chapter 2
 
 Outputs come from the launchers that a reader uses, in a copy of the tree; below each block stands
 the machine. What `...` omits stays omitted as long as the block's other lines still match.
 Figures are drawn in the tree itself. A command that fails changes nothing, and the exit code is 1.
+`measure` runs each command that has `expect:` lines with --strict, alone, and says which of them hold.
 """
 
 import argparse
@@ -123,6 +125,30 @@ def draw_figures(root: Path, chapter: int | None, only: str, timeout: float) -> 
     return failed
 
 
+def measure(root: Path, chapter: int | None, only: str, timeout: float) -> int:
+    """Run what has claims about the machine, strictly; the number of commands that failed."""
+    failed = held = missed = 0
+    with tempfile.TemporaryDirectory(prefix="book-") as folder:
+        copy_tree(root, Path(folder))
+        for printed in checks.measures(root):
+            own = chapter is None or f"chapter{chapter}-" in printed.text
+            if not own or only not in printed.text or printed.gpus:
+                continue
+            command = book.parse_command(f"{printed.text} --strict")
+            print(command.text, flush=True)
+            result = warm.run_cold(command, Path(folder), timeout)
+            lines = re.findall(r"^expect: .*|^check: .* FAILED.*", result.stdout, re.M)
+            print("\n".join(f"    {line}" for line in lines), flush=True)
+            held += sum(line.endswith("ok") for line in lines)
+            missed += sum(line.endswith("not here") for line in lines)
+            if result.returncode:
+                failed += 1
+                if not lines or all(line.endswith("ok") for line in lines):
+                    print(checks.report(command, result, [f"ended with {result.returncode}"]))
+    print(f"{held} expectations hold, {missed} do not; {machine_line()}")
+    return failed
+
+
 def wanted(root: Path, chapter: int | None) -> list[Path]:
     name = f"chapter{chapter}-"
     return [p for p in book.texts(root) if chapter is None or p.parent.name.startswith(name)]
@@ -138,7 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["outputs", "figures"], help="what to make anew")
+    parser.add_argument("what", choices=["outputs", "figures", "measure"], help="what for")
     parser.add_argument("--chapter", type=int, help="its number (default: README and all chapters)")
     parser.add_argument("--only", default="", help="only commands that contain this text")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for each command")
@@ -147,7 +173,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    record = record_outputs if args.what == "outputs" else draw_figures
+    record = {"outputs": record_outputs, "figures": draw_figures, "measure": measure}[args.what]
     failed = record(ROOT, args.chapter, args.only, args.timeout)
     sys.exit(f"{failed} commands failed" if failed else 0)
 

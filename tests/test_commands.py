@@ -1,6 +1,7 @@
 """Every command that the book prints is run, as printed, and has to show that it did its work."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import book
@@ -18,16 +19,27 @@ def title(command: book.Command) -> str:
     return re.sub(r"torchrun --nproc[-_]per[-_]node[= ](\d+)", r"torchrun-\1", text)
 
 
-def always_cold() -> set[str]:
-    """The first command of each launcher: so every run exercises the launchers themselves too."""
-    first: dict[str, str] = {}
+def first_of_each(kind: Callable[[book.Command], str | None]) -> set[str]:
+    """Of the commands that need no GPU, the first one of each kind."""
+    first: dict[str | None, str] = {None: ""}
     for command in COMMANDS:
         if not command.gpus:
-            first.setdefault(command.launcher, command.text)
+            first.setdefault(kind(command), command.text)
     return set(first.values())
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=title)
+COLD = first_of_each(lambda command: command.launcher)  # so the launchers themselves run too
+MEASURING = {command.text for command in checks.measures(ROOT)}
+SAMPLE = COLD | (first_of_each(lambda command: command.script) & MEASURING)
+
+
+def sampled(command: book.Command) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.sample] if command.text in SAMPLE else []
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, id=title(c), marks=sampled(c)) for c in COMMANDS]
+)
 def test_command(command: book.Command, checkout: Path) -> None:
     limit = checks.LIMIT_S
     if command.gpus:
@@ -35,7 +47,7 @@ def test_command(command: book.Command, checkout: Path) -> None:
         if there < wanted:
             pytest.skip(f"needs {wanted} GPU{'s' * (wanted > 1)}, with the CUDA build of PyTorch")
         limit = checks.GPU_LIMIT_S
-    cold = command.gpus or command.text in always_cold()
+    cold = command.gpus or command.text in COLD
     start: checks.Start = warm.run_cold if cold else warm.run
     checks.expect_none(checks.run_command(command, checkout, start, limit))
 

@@ -6,11 +6,15 @@ import time
 from pathlib import Path
 
 import book
+import changed
 import checks
+import copies
 import listing
 import pytest
 import record
 import warm
+
+pytestmark = pytest.mark.full
 
 CHAPTER = book.CHAPTERS[0]
 SCRIPT = f"{CHAPTER}/code/good.py"
@@ -45,6 +49,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"{{dist.get_world_size()}} ranks on cpu: the sum is {{result}}")
         print(f"check: sum = {{result}} <= 1  ok")
+        print("all 1 checks ok")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -62,6 +67,7 @@ See [the sum](#the-sum) and [its script](code/good.py).
 ```text
 2 ranks on cpu: the sum is 7
 check: sum = 1 <= 1  ok
+all 1 checks ok
 ```
 
 <!-- [[[cog listing("code/good.py", "total") ]]] -->
@@ -256,6 +262,8 @@ def test_file_out_of_place(repository: Path, name: str, text: str, complaint: st
         (["fp32"], ["fp16"], False),
         (["2 ranks on cpu"], ["2 ranks on cuda"], True),
         (["check: x = 1  ok"], ["check: x = 1  FAILED"], False),
+        (["expect: t = 1 <= 2  ok"], ["expect: t = 3 <= 2  not here"], True),
+        (["expect: t = 1 <= 2  ok"], ["expect: u = 1 <= 2  ok"], False),
         (["a ████ 4"], ["a █ 1"], True),
         (["-----"], ["---"], True),
         (["a"], ["a", "b"], False),
@@ -319,6 +327,7 @@ ON_RANK_1 = "    import os\n    if os.environ['RANK'] == '1':\n        sys.exit(
 QUIT = {
     "at once": (PARSER, f"    sys.exit(0)\n{PARSER}", "no line starts with `2 ranks`"),
     "after its banner": (CHECK, f"        sys.exit(0)\n{CHECK}", "no line `check"),
+    "before its verdict": ("all 1 checks ok", "done", "did not end with `all N checks ok`"),
     "with too few ranks": ("{dist.get_world_size()} ranks", "{1} ranks", "`2 ranks`"),
     "with a failed claim": ("  ok", "  FAILED", "printed FAILED"),
     "with 3 on rank 1": (PARSER, f"{ON_RANK_1}{PARSER}", "ended with 1"),
@@ -331,34 +340,6 @@ def test_script_that_quits(repository: Path, old: str, new: str, complaint: str)
     (problem,) = checks.run_command(command(repository), repository)
     assert complaint in problem
     assert f"paste: {COMMAND}" in problem
-
-
-@pytest.mark.parametrize(
-    ("claim", "good_from", "passes"),
-    [
-        ("our time over torch's", 3, True),
-        ("our time over torch's", 4, False),  # slow for good
-        ("gradients, off torch's", 2, False),  # what is wrong once is wrong
-    ],
-)
-def test_a_busy_moment_breaks_only_claims_about_time(
-    repository: Path, claim: str, good_from: int, passes: bool
-) -> None:
-    put(repository, "runs", "")
-    put(
-        repository,
-        SCRIPT,
-        "import sys\n"
-        "with open('runs', 'a+') as runs:\n"
-        "    runs.write('x')\n"
-        "    runs.seek(0)\n"
-        f"    held = len(runs.read()) >= {good_from}\n"
-        f'print("check: {claim} = 1 <= 1  " + ("ok" if held else "FAILED"))\n'
-        "sys.exit(not held)\n",
-    )
-    problems = checks.run_command(book.parse_command(f"python {SCRIPT}"), repository)
-    assert bool(problems) is not passes
-    assert len((repository / "runs").read_text()) == (3 if "time" in claim else 1)
 
 
 def test_script_that_hangs_is_ended_with_all_it_started(repository: Path) -> None:
@@ -467,6 +448,71 @@ def test_forked_ranks() -> None:
     assert isinstance(caught.value.error, ValueError)
     with pytest.raises(warm.RankError, match="no result after 2 s"):
         warm.fork_ranks(sleep, 2, timeout=2)
+
+
+# --- what scripts share --------------------------------------------------------------------------
+
+COPY = f"""
+{copies.RULE}
+
+
+# Copied from good.total
+def total(value: int) -> int:
+    return value
+
+
+"""
+
+
+def test_copies(repository: Path) -> None:
+    other = GOOD.replace(COMMAND, f"python {CHAPTER}/code/other.py")
+    own = other[other.index("def total") : other.index("def main")]
+    put(repository, f"{CHAPTER}/code/other.py", other.replace(own, ""))
+    assert copies.problems(repository) == []
+    copy = other.replace(own, "").replace('\nif __name__ == "', f'{COPY}if __name__ == "')
+    put(repository, f"{CHAPTER}/code/other.py", copy)
+    assert "to mend it: make copies" in "".join(copies.problems(repository))
+    mended = copies.refreshed(repository / CHAPTER / "code/other.py", repository)
+    assert own.strip() in mended
+    assert mended.endswith("    main()\n")
+    put(repository, f"{CHAPTER}/code/other.py", mended)
+    assert copies.problems(repository) == []
+    change(repository, SCRIPT, "return int(tensor)", "return tensor.item()")
+    assert "other.py: a copy differs" in "".join(copies.problems(repository))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("good.total", "good.sum_up", "the mark is of sum_up, not total"),
+        ("good.total", "gone.total", "0 scripts are named gone.py"),
+        ("# Copied from good.total\n", "# Copied from good.total\n\n", "below the mark"),
+        (copies.RULE, "", "no rule line above its copies"),
+    ],
+)
+def test_marks_that_lead_nowhere(repository: Path, old: str, new: str, complaint: str) -> None:
+    put(repository, f"{CHAPTER}/code/other.py", f'"""Other."""\n{COPY}'.replace(old, new))
+    assert complaint in "".join(copies.problems(repository))
+
+
+def test_second_version_of_what_is_copied(repository: Path) -> None:
+    put(repository, f"{CHAPTER}/code/other.py", f'"""Other."""\n{COPY}')
+    put(repository, f"{CHAPTER}/code/third.py", '"""Third."""\n\n\ndef total() -> int: ...\n')
+    problems = copies.problems(repository)
+    assert any("third.py: its own total, which is copied elsewhere" in p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("files", "tests"),
+    [
+        (None, "full"),
+        (["pyproject.toml", "README.md"], "full"),
+        ([f"{CHAPTER}/main.md", "tests/chapter10/test_x.py"], "full and (chapter1 or chapter10)"),
+        (["tests/book.py", f"{CHAPTER}/code/x.py"], "full and (chapter1 or machinery)"),
+    ],
+)
+def test_what_a_change_needs(files: list[str] | None, tests: str) -> None:
+    assert changed.expression(files) == tests
 
 
 # --- listings ------------------------------------------------------------------------------------

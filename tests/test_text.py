@@ -5,6 +5,7 @@ from pathlib import Path
 
 import book
 import checks
+import copies
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
         checks.listings,
         checks.pasted_code,
         checks.spelling,
+        copies.problems,
     ],
-    ids=lambda check: check.__name__,
+    ids=lambda check: f"{check.__module__}.{check.__name__}",
 )
 def test_text(check: Callable[[Path], list[str]]) -> None:
     checks.expect_none(check(ROOT))

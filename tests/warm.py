@@ -72,7 +72,7 @@ class RankError(RuntimeError):
         self.rank, self.error = rank, error
 
 
-def run(command: str | Command, cwd: Path = ROOT, timeout: float = 120) -> Result:
+def run(command: str | Command, cwd: Path = ROOT, timeout: float = 300) -> Result:
     """Run a command warm where that is faithful; cold otherwise, or when COLD=1."""
     if isinstance(command, str):
         command = parse_command(command)
@@ -151,7 +151,7 @@ def warm_plan(command: Command) -> tuple[int, list[str]] | None:
 
 
 def fork_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180
 ) -> list[Any]:
     """Call a module's `function(*args)` in `world_size` ranks of a gloo group; results by rank.
 

@@ -1,7 +1,6 @@
 """The eight collectives on tensors small enough to read: what each rank holds before and after.
 
-    torchrun --nproc_per_node=2 chapter1-introduction-to-modern-distributed-ai/code/ch01_collectives.py
-    torchrun --nproc_per_node=3 chapter1-introduction-to-modern-distributed-ai/code/ch01_collectives.py --op all_reduce
+    torchrun --nproc_per_node=3 chapter1-introduction-to-modern-distributed-ai/code/ch01_collectives.py --plot chapter1-introduction-to-modern-distributed-ai/figures/collectives.svg
 
 On GPUs:
     torchrun --nproc_per_node=8 chapter1-introduction-to-modern-distributed-ai/code/ch01_collectives.py
@@ -14,9 +13,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 # Who calls it, and the part of a whole tensor that the busiest of n ranks must send or receive
 # (bus bandwidth divides by the same factors: nccl-tests, doc/PERFORMANCE.md and src/).
@@ -30,13 +31,15 @@ COLLECTIVES = {
     "reduce_scatter": (lambda n: (n - 1) / n, "(n-1)/n", "FSDP, ZeRO: gradients"),
     "all_to_all": (lambda n: (n - 1) / n, "(n-1)/n", "MoE: tokens to experts and back"),
 }
-ROOT_HOLDS_ALL, EACH_HOLDS_ITS_OWN = ("broadcast", "scatter"), ("gather", "all_gather")
+ROOT_HOLDS_ALL = ("broadcast", "scatter")
+EACH_HOLDS_ONE_CHUNK = ("gather", "all_gather")
 Table = list[list[int | None]]  # [ranks][chunks]; 0 is nothing, None is undefined
 
 
 def collect(op: str, tensor: torch.Tensor) -> torch.Tensor:
     """Run one collective on this rank's chunks, [n] -> [n]; rank 0 is the root."""
-    rank, after = dist.get_rank(), torch.zeros_like(tensor)
+    rank = dist.get_rank()
+    after = torch.zeros_like(tensor)
     chunks, slots = list(tensor.split(1)), list(after.split(1))  # views: one chunk for each rank
     match op:
         case "broadcast":
@@ -68,7 +71,7 @@ def before(op: str, ranks: int) -> Table:
     rows = [[mark(rank, chunk, ranks) for chunk in range(ranks)] for rank in range(ranks)]
     if op in ROOT_HOLDS_ALL:
         return rows[:1] + [[0] * ranks for _ in rows[1:]]
-    if op in EACH_HOLDS_ITS_OWN:
+    if op in EACH_HOLDS_ONE_CHUNK:
         return [[x * (c == r) for c, x in enumerate(row)] for r, row in enumerate(rows)]
     return rows
 
@@ -77,7 +80,8 @@ def expected(op: str, start: Table) -> Table:
     """What each rank must end with, by the definition (MPI 4.1, chapter 6) and plain arithmetic."""
     ranks = len(start)
     sums = [sum(column) for column in zip(*start, strict=True)]
-    nothing, undefined = [0] * ranks, [None] * ranks
+    nothing = [0] * ranks
+    undefined = [None] * ranks
     match op:
         case "broadcast":
             return [start[0]] * ranks
@@ -98,40 +102,39 @@ def expected(op: str, start: Table) -> Table:
     raise ValueError(op)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    rank, n = dist.get_rank(), dist.get_world_size()
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     ops = [args.op] if args.op else list(COLLECTIVES)
-    width = len(str(sum(mark(r, n - 1, n) for r in range(n)))) + 1
-    ranks = f"{n} rank{'s' * (n > 1)}"
-    say(f"{ranks} on {device.type}: {n} chunk{'s' * (n > 1)} on each rank")
-    pictures, wrong = {}, {}
+    plural = "s" * (world_size > 1)
+    width = len(str(sum(mark(r, world_size - 1, world_size) for r in range(world_size)))) + 1
+    say(f"{world_size} rank{plural} on {device.type}: {world_size} chunk{plural} on each rank")
+    pictures = {}
+    errors = {}  # elements of this rank that are not what they must be
     for op in ops:
-        start = before(op, n)
+        start = before(op, world_size)
+        want = expected(op, start)[rank]
         tensor = torch.tensor(start[rank], device=device)  # [ranks] int64
-        got, want = collect(op, tensor).tolist(), expected(op, start)[rank]
-        errors = sum(w is not None and g != w for g, w in zip(got, want, strict=True))
+        got = collect(op, tensor).tolist()
+        errors[op] = sum(w is not None and g != w for g, w in zip(got, want, strict=True))
         got = [None if w is None else g for g, w in zip(got, want, strict=True)]
-        reports = [None] * n
-        dist.all_gather_object(reports, (tensor.tolist(), got, errors))
-        starts, ends, counts = zip(*reports, strict=True)
-        pictures[op], wrong[op] = (starts, ends), sum(counts)
-        say(f"{op:<15}{'before':<{n * width + 3}}after")
-        for r in range(n):
+        reports = [None] * world_size
+        dist.all_gather_object(reports, (tensor.tolist(), got))
+        starts, ends = zip(*reports, strict=True)
+        pictures[op] = starts, ends
+        say(f"{op:<15}{'before':<{world_size * width + 3}}after")
+        for r in range(world_size):
             say(f"  rank {r:<7}{written(starts[r], width)}   {written(ends[r], width)}")
 
-    size = n * torch.int64.itemsize
+    size = world_size * torch.int64.itemsize
     say(f"\nS = {size} bytes on each rank; the busiest rank must send, or receive, at least:")
     say(f"{'collective':<15}{'of S':<9}{'bytes':>6}  who uses it")
     for op in ops:
         part, formula, user = COLLECTIVES[op]
-        say(f"{op:<15}{formula:<9}{part(n) * size:>6.0f}  {user}")
+        say(f"{op:<15}{formula:<9}{part(world_size) * size:>6.0f}  {user}")
     if args.plot and rank == 0:
         plot(pictures, args.plot)
-    held = []
-    for op in ops:
-        defined = sum(x is not None for row in expected(op, before(op, n)) for x in row)
-        held.append(check(f"{op} on {ranks}: wrong elements of {defined}", wrong[op], 0))
-    return all(held)
+    wrong = [op for op in ops if errors[op]]
+    return [check(" ".join(["wrong elements", *wrong]), sum(errors.values()), 0)]
 
 
 def written(row: list[int | None], width: int) -> str:
@@ -185,72 +188,95 @@ def plot(pictures: dict[str, tuple[Table, Table]], path: Path) -> None:
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
 
 
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; every rank gets the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    held = all(v <= bound for v in values)  # false for NaN
-    say(f"check: {claim} = {max(values):.3g} <= {bound:.3g}  {'ok' if held else 'FAILED'}")
-    return held
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
     parser.add_argument(
         "--op", choices=COLLECTIVES, help="this collective only; default: all eight"
     )
     parser.add_argument("--plot", type=Path, help="also draw the tensors to this SVG file")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args()
-    try:
-        if args.plot:
-            args.plot.open("ab").close()
-    except OSError as error:
-        stop(f"cannot write {args.plot} ({error.strerror}): give another file with --plot FILE")
-    return args
+    return parser.parse_args()
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ The MFU implied by the reported hours is lower than the MFU in the papers. Secti
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,10 @@ def device_hours(flops: float, peak: float, mfu: float) -> float:
     return flops / (peak * mfu) / 3600
 
 
-def published(mfu: float) -> bool:
+def published(mfu: float) -> list[bool | None]:
     """The published models: computed beside reported."""
-    print(f"1 process on cpu: {len(MODELS)} published models, by arithmetic alone")
-    print(f"{'parameters':<16}{'computed':>12}{'reported':>12}{'error':>8}")
+    say(f"1 process on cpu: {len(MODELS)} published models, by arithmetic alone")
+    say(f"{'parameters':<16}{'computed':>12}{'reported':>12}{'error':>8}")
     worst = 0.0
     for m in MODELS:
         rows = [(m.name, parameters(m), m.reported_params)]
@@ -142,14 +144,14 @@ def published(mfu: float) -> bool:
         for name, computed, reported in rows:
             error = computed / reported - 1
             worst = max(worst, abs(error))
-            print(f"{name:<16}{computed / 1e9:10.2f} B{reported / 1e9:10.2f} B{error:+8.1%}")
-    print(f"\n{'training FLOPs':<16}{'6ND':>12}{'+ attention':>12}{'reported':>12}{'6ND off':>9}")
+            say(f"{name:<16}{computed / 1e9:10.2f} B{reported / 1e9:10.2f} B{error:+8.1%}")
+    say(f"\n{'training FLOPs':<16}{'6ND':>12}{'+ attention':>12}{'reported':>12}{'6ND off':>9}")
     for m in MODELS:
         line = f"{m.name:<16}{flops_6nd(m):12.2e}{attention_flops(m) / flops_6nd(m):+12.1%}"
         if m.reported_flops:
             line += f"{m.reported_flops:12.2e}{flops_6nd(m) / m.reported_flops - 1:+9.1%}"
-        print(line)
-    print(f"\n{'device-hours':<16}{'device':>7}{f'at {mfu:.0%} MFU':>12}{'reported':>12}{'implied MFU':>13}"
+        say(line)
+    say(f"\n{'device-hours':<16}{'device':>7}{f'at {mfu:.0%} MFU':>12}{'reported':>12}{'implied MFU':>13}"
           f"{'+ attention':>13}{'paper':>8}")  # fmt: skip
     for m in MODELS:
         line = f"{m.name:<16}{m.device:>7}{device_hours(flops_6nd(m), m.peak, mfu) / 1e6:10.2f} M"
@@ -158,50 +160,39 @@ def published(mfu: float) -> bool:
             for flops in (flops_6nd(m), flops_with_attention(m)):
                 line += f"{device_hours(flops, m.peak, 1.0) / m.reported_hours:13.1%}"
             line += f"{m.reported_mfu:>8}"
-        print(line)
-    print(f"\n{'memory, time':<16}{'bf16 weights':>14}{'state, 16 B':>14}{'state, 18 B':>14}"
+        say(line)
+    say(f"\n{'memory, time':<16}{'bf16 weights':>14}{'state, 16 B':>14}{'state, 18 B':>14}"
           f"{'80 GB devices':>15}{'years on one':>14}")  # fmt: skip
     for m in MODELS:
         sizes = [f"{parameters(m) * size / 2**30:10,.0f} GiB" for size in (2, 16, 18)]
         years = device_hours(flops_6nd(m), m.peak, mfu) / (365.25 * 24)
         devices = math.ceil(parameters(m) * 16 / 80e9)
-        print(f"{m.name:<16}{''.join(sizes)}{devices:15,}{years:14,.0f}")
-    print(NOTES)
-    held = check(f"worst parameter count off by {worst:.1%}", worst, 0.02)
-    return all([held, *(check_flops(m) for m in MODELS if m.reported_flops)])
+        say(f"{m.name:<16}{''.join(sizes)}{devices:15,}{years:14,.0f}")
+    say(NOTES)
+    counted = check("worst error of the parameter counts", worst, 0.02)
+    return [counted, *(check_flops(m) for m in MODELS if m.reported_flops)]
 
 
-def own(args: argparse.Namespace) -> bool:
+def own(args: argparse.Namespace) -> list[bool | None]:
     """Days and memory of the reader's model, and the same arithmetic where the answer is known."""
     flops = 6 * args.params * args.tokens
     hours = device_hours(flops, args.device_tflops * 1e12, args.mfu)
     gib = args.params * 16 / 2**30
-    print("1 process on cpu: your model, by arithmetic alone, if nothing fails")
-    print(f"your model       {args.params:.3g} parameters, {args.tokens:.3g} tokens")
-    print(f"FLOPs            {flops:.2e}")
-    print(f"device-hours     {hours:,.0f} at {args.mfu:.0%} of {args.device_tflops:g} TFLOP/s")
-    print(f"time             {hours / 24 / args.devices:,.1f} days on {args.devices:,} devices")
-    print(f"state            {gib:,.0f} GiB at 16 bytes, {gib / args.devices:,.1f} GiB per device")
-    print(f"fewest devices   {math.ceil(args.params * 16 / 80e9):,} of 80 GB, for the state alone")
-    return check_flops(MODELS[0])
-
-
-def check(claim: str, value: float, bound: float) -> bool:
-    print(f"check: {claim}: {value:.3g} <= {bound:.3g}  {'ok' if value <= bound else 'FAILED'}")
-    return value <= bound
+    say("1 process on cpu: your model, by arithmetic alone, if nothing fails")
+    say(f"your model       {args.params:.3g} parameters, {args.tokens:.3g} tokens")
+    say(f"FLOPs            {flops:.2e}")
+    say(f"device-hours     {hours:,.0f} at {args.mfu:.0%} of {args.device_tflops:g} TFLOP/s")
+    say(f"time             {hours / 24 / args.devices:,.1f} days on {args.devices:,} devices")
+    say(f"state            {gib:,.0f} GiB at 16 bytes, {gib / args.devices:,.1f} GiB per device")
+    say(f"fewest devices   {math.ceil(args.params * 16 / 80e9):,} of 80 GB, for the state alone")
+    return [check_flops(MODELS[0])]
 
 
 def check_flops(m: Model) -> bool:
     """The FLOPs, counted as the authors did, against the FLOPs that they report."""
     way = "6ND and attention" if m.flops_with_attention else "6ND"
     flops = flops_with_attention(m) if m.flops_with_attention else flops_6nd(m)
-    off = abs(flops / m.reported_flops - 1)
-    return check(f"{m.name}, {way}, off the reported FLOPs by {off:.1%}", off, 0.02)
-
-
-def stop(message: str) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(2)
+    return check(f"error of {way} for {m.name}", abs(flops / m.reported_flops - 1), 0.02)
 
 
 NOTES = """\
@@ -214,35 +205,70 @@ DeepSeek-V3 multiplies mostly in FP8; its MFU, here and in the paper, is of the 
 """
 
 
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return float(text)
+def run(args: argparse.Namespace) -> list[bool | None]:
+    return published(args.mfu) if args.params is None else own(args)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    parser.add_argument("--params", type=positive, help="parameters of your model, such as 13e9")
-    parser.add_argument("--tokens", type=positive, help="tokens to train it on, such as 2e12")
-    parser.add_argument("--device-tflops", type=positive, default=989.4, help="its peak, TFLOP/s")
-    parser.add_argument("--mfu", type=positive, default=0.4, help="share of the peak, 0 to 1")
+    parser.add_argument("--params", type=float, help="parameters of your model, such as 13e9")
+    parser.add_argument("--tokens", type=float, help="tokens to train it on, such as 2e12")
+    parser.add_argument("--device-tflops", type=float, default=989.4, help="its peak, TFLOP/s")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak, 0 to 1")
     parser.add_argument("--devices", type=int, default=64, help="devices that train it")
     args = parser.parse_args()
     if (args.params is None) != (args.tokens is None):
         stop("a budget needs both: type  --params 13e9 --tokens 2e12")
     if args.mfu > 1:
         stop(f"--mfu {args.mfu:g}: give a share of the peak, such as 0.4")
-    if args.devices < 1:
-        stop(f"--devices {args.devices}: give 1 or more")
     return args
 
 
 def main() -> None:
-    args = parse_args()
-    sys.exit(not (own(args) if args.params else published(args.mfu)))
+    sys.exit(conclude(run(parse_args())))
+
+
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

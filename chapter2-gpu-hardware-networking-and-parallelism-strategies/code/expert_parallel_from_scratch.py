@@ -17,13 +17,14 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
-COMPARED = ("output", "auxiliary loss", "loss", "dX", "router gradient", "expert gradients")
 sent: Counter[str] = Counter()  # bytes of token rows that left this rank, counted at the call
 
 
@@ -89,15 +90,15 @@ def expert_parallel(
     order = routing.chosen[token, choice].argsort(stable=True)  # by expert, and so by rank
     token, choice = token[order], choice[order]
     counts = routing.chosen[token, choice].bincount(minlength=sum(owned))  # rows for each expert
-    arriving = counts.new_empty(world_size * local)  # rows for mine, from each rank
+    arriving = counts.new_empty(world_size * local)  # rows for this rank's experts, by source
     dist.all_to_all_single(arriving, counts, [local] * world_size, owned)
     arriving = arriving.view(world_size, local)
     outgoing = [part.sum().item() for part in counts.split(owned)]
     incoming = arriving.sum(dim=1).tolist()
 
     rows = AllToAll.apply(x[token], outgoing, incoming)  # dispatch: sorted by source, then expert
-    mine = torch.arange(local, device=x.device).repeat(world_size)
-    by_expert = mine.repeat_interleave(arriving.flatten()).argsort(stable=True)
+    runs = torch.arange(local, device=x.device).repeat(world_size)  # the expert of each run of rows
+    by_expert = runs.repeat_interleave(arriving.flatten()).argsort(stable=True)
     parts = rows[by_expert].split(arriving.sum(dim=0).tolist())
     done = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
     done = done[by_expert.argsort()]  # sorted by source again
@@ -116,14 +117,16 @@ def one_process(
     probabilities = router(x.float()).softmax(dim=-1)
     chosen = probabilities.argsort(dim=-1, descending=True)[:, :k]
     capacity = capacity_of(len(x), len(experts), k, factor)
-    load, kept = [0] * len(experts), torch.zeros(chosen.shape, dtype=torch.bool)
+    load = [0] * len(experts)
+    kept = torch.zeros(chosen.shape, dtype=torch.bool)
     for choice, column in enumerate(chosen.T.tolist()):
         for token, expert in enumerate(column):
             kept[token, choice] = load[expert] < capacity
             load[expert] += load[expert] < capacity
     best = probabilities.gather(1, chosen)
     gates = best / best.sum(dim=-1, keepdim=True) * kept.to(x.device)
-    y, share = x.float(), []
+    y = x.float()
+    share = []
     for i, expert in enumerate(experts):
         y = y + (gates * (chosen == i)).sum(dim=-1, keepdim=True) * expert(x)
         share.append((chosen == i).float().mean() * probabilities[:, i].mean())
@@ -145,7 +148,7 @@ def build(args: argparse.Namespace, device: torch.device) -> tuple[nn.Linear, li
     return router, [expert.to(device, dtype) for expert in experts], data
 
 
-def loss_of(y: torch.Tensor, target: torch.Tensor, auxiliary: torch.Tensor, data: list, args):
+def loss_share(y: torch.Tensor, target: torch.Tensor, auxiliary: torch.Tensor, data: list, args):
     """A rank's share of the loss: squared error over all elements, and its own balance."""
     elements = sum(target.numel() for _, target in data)
     return (y - target).float().square().sum() / elements + args.balance * auxiliary / len(data)
@@ -156,18 +159,22 @@ def flat_gradients(experts: list[nn.Module]) -> torch.Tensor:
 
 
 def by_all_ranks(args: argparse.Namespace, model: tuple, owned: list[int], factor: float):
-    """Results of this rank by name, and its rows per expert."""
-    rank, (router, experts, data) = dist.get_rank(), copy.deepcopy(model)
-    mine = experts[sum(owned[:rank]) : sum(owned[: rank + 1])]
+    """This rank's results: output, auxiliary loss, loss, gradients of its tokens, of the router
+    and of its experts; and its rows per expert.
+    """
+    rank = dist.get_rank()
+    router, experts, data = copy.deepcopy(model)
+    local = experts[sum(owned[:rank]) : sum(owned[: rank + 1])]
     x, target = data[rank][0].requires_grad_(), data[rank][1]
     routing = route(x, router, args.top_k, factor)
-    y = expert_parallel(x, routing, mine, owned)
-    loss = loss_of(y, target, routing.auxiliary, data, args)
+    y = expert_parallel(x, routing, local, owned)
+    loss = loss_share(y, target, routing.auxiliary, data, args)
     loss.backward()
-    loss, d_router = loss.detach(), flat_gradients([router])
+    loss = loss.detach()
+    d_router = flat_gradients([router])
     for tensor in (loss, d_router):
         dist.all_reduce(tensor)  # the experts need none: each has seen the tokens of all ranks
-    results = (y, routing.auxiliary, loss, x.grad, d_router, flat_gradients(mine))
+    results = (y, routing.auxiliary, loss, x.grad, d_router, flat_gradients(local))
     load = routing.chosen[routing.kept].bincount(minlength=len(experts))
     return results, load.cpu()
 
@@ -179,7 +186,9 @@ def by_one_process(args: argparse.Namespace, model: tuple, owned: list[int], fac
     data = [pair.to(dtype) for pair in data]
     xs = [x.clone().requires_grad_() for x, _ in data]
     layers = [one_process(x, router, experts, args.top_k, factor) for x in xs]
-    loss = sum(loss_of(y, t, a, data, args) for (y, a, _), (_, t) in zip(layers, data, strict=True))
+    loss = sum(
+        loss_share(y, t, a, data, args) for (y, a, _), (_, t) in zip(layers, data, strict=True)
+    )
     loss.backward()
     edges = [sum(owned[:r]) for r in range(len(owned) + 1)]
     results = [
@@ -190,7 +199,7 @@ def by_one_process(args: argparse.Namespace, model: tuple, owned: list[int], fac
 
 
 def flat(results: list[tuple]) -> list[torch.Tensor]:
-    """For each name in COMPARED, the numbers of all results in a row, in float64."""
+    """For each of the six results, the numbers of all ranks in a row, in float64."""
     columns = zip(*results, strict=True)
     return [torch.cat([t.detach().double().flatten() for t in column]) for column in columns]
 
@@ -210,25 +219,28 @@ def bytes_of(load: torch.Tensor, owner: torch.Tensor, row: int) -> int:
     return round((load * travels).sum().item() * row)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     owned = [len(part) for part in torch.arange(args.experts).tensor_split(world_size)]
     owner = torch.arange(world_size).repeat_interleave(torch.tensor(owned))  # [experts]
     model, dtype = build(args, device), getattr(torch, args.dtype)
     tokens = torch.tensor([[pair.shape[1]] for pair in model[2]])  # [ranks, 1]
     even = tokens * args.top_k / args.experts  # rows of each expert from each rank, if even
-    rounding, columns, errors, bounds = 1e-5 if args.dtype == "float32" else 2**-9, [], [], []
-    miscounted = odd = 0
+    columns = []
+    errors = []
+    bounds = []
+    wrong_rows = 0
+    wrong_bytes = 0
     for factor in args.capacity:
         sent.clear()
-        ours, load = by_all_ranks(args, model, owned, factor)
+        results, load = by_all_ranks(args, model, owned, factor)
         exact, loads = by_one_process(args, model, owned, factor, torch.float32)
-        alone, _ = by_one_process(args, model, owned, factor, dtype)
-        errors.append(distances(flat([ours]), flat([exact[rank]]), flat(exact)))
-        bounds.append(distances(flat(alone), flat(exact), flat(exact)))
-        miscounted += (load - loads[rank]).abs().sum().item()
+        rounded, _ = by_one_process(args, model, owned, factor, dtype)
+        errors.append(distances(flat([results]), flat([exact[rank]]), flat(exact)))
+        bounds.append(distances(flat(rounded), flat(exact), flat(exact)))
+        wrong_rows += (load - loads[rank]).abs().sum().item()
         formula = bytes_of(loads, owner, args.width * dtype.itemsize)
-        odd += abs(sent["forward"] - formula) + abs(sent["backward"] - formula)
+        wrong_bytes += abs(sent["forward"] - formula) + abs(sent["backward"] - formula)
 
         rows = loads.sum(dim=0)  # [experts]
         by_rank = torch.stack([part.sum() for part in rows.split(owned)]).double()
@@ -251,86 +263,40 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {shape}, {args.dtype}")
     for name in columns[0]:
         say(f"{name:<28}" + "".join(f"{column[name]:>10}" for column in columns))
-    held = [check("rows per expert, counted - one process's", miscounted, 0)]
-    held.append(check("bytes sent, counted - routing table's", odd, 0))
-    worst = torch.tensor(errors).amax(dim=0).tolist()
-    allowed = (2 * torch.tensor(bounds).amax(dim=0)).clamp(min=rounding).tolist()
-    for name, error, bound in zip(COMPARED, worst, allowed, strict=True):
-        held.append(check(f"error of {name}, relative", error, bound))
-    return all(held)
-
-
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    worst = torch.tensor(values, dtype=torch.float64).max().item()  # NaN if any is NaN
-    say(f"check: {claim} = {worst:.3g} <= {bound:.3g}  {'ok' if worst <= bound else 'FAILED'}")
-    return worst <= bound
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
+    worst = torch.tensor(errors).amax(dim=0)  # [results]
+    rounding = 1e-5 if args.dtype == "float32" else 2**-9
+    allowed = (2 * torch.tensor(bounds).amax(dim=0)).clamp(min=rounding)
+    return [
+        check("rows per expert, off one process's", wrong_rows, 0),
+        check("bytes sent, off the routing table's", wrong_bytes, 0),
+        check(
+            "relative error of output and losses", worst[:3].max().item(), allowed[:3].max().item()
+        ),
+        check(
+            "largest relative error of a gradient", worst[3:].max().item(), allowed[3:].max().item()
+        ),
+    ]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
     add = parser.add_argument
-    add("--tokens", type=positive, default=256, help="tokens on rank 0; rank r has r more")
-    add("--experts", type=positive, default=8, help="experts, spread over the ranks")
-    add("--top-k", type=positive, default=2, help="experts per token")
-    add("--width", type=positive, default=64, help="numbers per token")
-    add("--hidden", type=positive, default=128, help="width inside an expert")
+    add("--tokens", type=int, default=256, help="tokens on rank 0; rank r has r more")
+    add("--experts", type=int, default=8, help="experts, spread over the ranks")
+    add("--top-k", type=int, default=2, help="experts per token")
+    add("--width", type=int, default=64, help="numbers per token")
+    add("--hidden", type=int, default=128, help="width inside an expert")
     add(
         "--capacity",
-        type=not_negative,
+        type=float,
         nargs="+",
         default=[0, 1.0, 1.25, 2.0],
         help="rows that an expert takes from a rank, in shares of an even load; 0: all",
     )
-    add("--skew", type=not_negative, default=0.25, help="deviation of the router's biases")
-    add("--balance", type=not_negative, default=0.01, help="weight of the auxiliary loss")
+    add("--skew", type=float, default=0.25, help="deviation of the router's biases")
+    add("--balance", type=float, default=0.01, help="weight of the auxiliary loss")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but the router")
     add("--seed", type=int, default=0, help="for weights and tokens")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -341,15 +307,83 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Latency and bandwidth between every two ranks, by ping-pong: two tables that find the slow link.
 
-    torchrun --nproc_per_node=2 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/p2p_latency.py
-    torchrun --nproc_per_node=3 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/p2p_latency.py --bytes 256K --repeats 20
+    torchrun --nproc_per_node=3 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/p2p_latency.py
+    torchrun --nproc_per_node=2 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/p2p_latency.py --bytes 256K --repeats 20
 
 On GPUs:
     torchrun --nproc_per_node=8 chapter2-gpu-hardware-networking-and-parallelism-strategies/code/p2p_latency.py --bytes 256M
 
 A table of equal machines and good cables is flat. A cell that stands out is a link to look at, a
-row or column that stands out is a machine. Section 2.2.
+row or column that stands out is a machine. Between GPUs, the latency is mostly that of two calls
+from Python. Section 2.2.
 """
 
 import argparse
@@ -17,111 +18,135 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 SMALL = 8  # bytes: one int64, all latency
 Matrix = list[list[float]]  # [from][to], seconds; NaN where nothing was measured
+Cells = dict[tuple[int, int], float]  # the same off the diagonal, by (from, to)
 
 
-def ping_pong(first: int, second: int, size: int, args: argparse.Namespace) -> tuple[list, int]:
+def ping_pong(
+    first: int, second: int, size: int, args: argparse.Namespace, device: torch.device
+) -> tuple[list[float], int]:
     """Half round trips between two ranks in seconds, timed by the first, and how many came back wrong.
 
     Half a round trip is the time of one message (OSU's osu_latency, MPI's ping-pong). Each message
     is full of a number that tells its iteration and its ranks, and the second rank only echoes.
     """
-    rank, n = dist.get_rank(), dist.get_world_size()
-    message = torch.zeros(size // SMALL, dtype=torch.int64, device=args.where)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    message = torch.zeros(size // SMALL, dtype=torch.int64, device=device)
     answer = torch.zeros_like(message)
-    times, wrong = [], 0
+    times = []
+    wrong = 0
     for iteration in range(args.warmup + args.repeats):
         if rank == second:
             dist.recv(answer, first)
             dist.send(answer, first)
             continue
-        number = ((iteration + args.seed) * n + first) * n + second + 1  # never 0
+        number = ((iteration + args.seed) * world_size + first) * world_size + second + 1  # never 0
         message.fill_(number)
         answer.zero_()
-        synchronize(args.where)
+        synchronize(device)
         start = time.perf_counter()
         dist.send(message, second)
         dist.recv(answer, second)
-        synchronize(args.where)
+        synchronize(device)
         times.append((time.perf_counter() - start) / 2)
         wrong += int((answer != number).any())
     return times[args.warmup :], wrong
 
 
-def measure(size: int, args: argparse.Namespace) -> tuple[Matrix, Matrix, int]:
+def time_pairs(
+    size: int, args: argparse.Namespace, device: torch.device
+) -> tuple[Matrix, Matrix, int]:
     """Fastest and median seconds of a message from rank to rank, and the wrong messages of all.
 
     One pair at a time; the others sleep in the barrier that the pair is late for.
     """
-    rank, n = dist.get_rank(), dist.get_world_size()
-    errors, (fastest, median) = 0, ([float("nan")] * n for _ in range(2))
-    for first in range(n):
-        for second in range(n):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    fastest = [float("nan")] * world_size
+    median = [float("nan")] * world_size
+    errors = 0
+    for first in range(world_size):
+        for second in range(world_size):
             if first != second and rank in (first, second):
-                times, wrong = ping_pong(first, second, size, args)
+                times, wrong = ping_pong(first, second, size, args, device)
                 errors += wrong
                 if rank == first:
-                    fastest[second], median[second] = min(times), statistics.median(times)
+                    fastest[second] = min(times)
+                    median[second] = statistics.median(times)
             dist.barrier()
-    reports: list = [None] * n
+    reports: list = [None] * world_size
     dist.all_gather_object(reports, (fastest, median, errors))
     fast_rows, median_rows, wrong_counts = zip(*reports, strict=True)
     return list(fast_rows), list(median_rows), sum(wrong_counts)
 
 
-def between(matrix: Matrix) -> dict[tuple[int, int], float]:
-    """The cells off the diagonal, by (from, to)."""
-    n = range(len(matrix))
-    return {(a, b): matrix[a][b] for a in n for b in n if a != b}
+def between(matrix: Matrix) -> Cells:
+    ranks = range(len(matrix))
+    return {(a, b): matrix[a][b] for a in ranks for b in ranks if a != b}
 
 
-def show(title: str, cells: dict[tuple[int, int], float], n: int, form: str) -> None:
-    say(f"{title:<16}" + "".join(f"{f'to {b}':>9}" for b in range(n)))
-    for a in range(n):
-        row = (format(cells[a, b], form) if a != b else "-" for b in range(n))
+def show(title: str, cells: Cells, form: str) -> None:
+    ranks = range(dist.get_world_size())
+    say(f"{title:<16}" + "".join(f"{f'to {b}':>9}" for b in ranks))
+    for a in ranks:
+        row = (format(cells[a, b], form) if a != b else "-" for b in ranks)
         say(f"{f'  from {a}':<16}" + "".join(f"{cell:>9}" for cell in row))
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    n, args.where = dist.get_world_size(), device
+def summary(title: str, cells: Cells, slowest: tuple[int, int], form: str) -> float:
+    """Print the range of the cells and the slowest pair; return how far that is off the median."""
+    values = sorted(cells.values())
+    median = statistics.median(values)
+    ratio = max(cells[slowest], median) / min(cells[slowest], median)
+    columns = "".join(f"{value:>9{form}}" for value in (values[0], median, values[-1]))
+    a, b = slowest
+    say(f"  {title:<14}{columns}  {a} to {b}, {ratio:.2f} times off the median")
+    return ratio
+
+
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    world_size = dist.get_world_size()
     large = args.bytes // SMALL * SMALL
-    small_fastest, small_median, small_wrong = measure(SMALL, args)
-    large_fastest, large_median, large_wrong = measure(large, args)
-    short, long = between(small_fastest), between(large_fastest)
+    small_fastest, small_median, small_wrong = time_pairs(SMALL, args, device)
+    large_fastest, large_median, large_wrong = time_pairs(large, args, device)
+    short = between(small_fastest)
+    long = between(large_fastest)
     alpha = {pair: short[pair] * 1e6 for pair in short}
     rate = {pair: large / long[pair] / 1e9 for pair in long}
     beta = {p: (large - SMALL) / max(long[p] - short[p], 1e-9) / 1e9 for p in long}
 
-    say(f"{n} ranks on {device.type}: ping-pong by {dist.get_backend()}, fastest of {args.repeats}")
-    show("latency (us)", alpha, n, ".0f")
-    show("rate (GB/s)", rate, n, ".2f")
+    backend = dist.get_backend()
+    say(f"{world_size} ranks on {device.type}: ping-pong by {backend}, fastest of {args.repeats}")
+    show("latency (us)", alpha, ".0f")
+    show("rate (GB/s)", rate, ".2f")
     say(f"one message of {SMALL} bytes, and one of {large:,}; t = alpha + S / beta between them:")
     say(f"{'':<16}{'min':>9}{'median':>9}{'max':>9}  slowest")
-    for name, cells, worst in (("alpha (us)", alpha, max), ("beta (GB/s)", beta, min)):
-        a, b = worst(cells, key=lambda pair: cells[pair])
-        values = (min(cells.values()), statistics.median(cells.values()), max(cells.values()))
-        columns = "".join(f"{value:>9.{2 * (worst is min)}f}" for value in values)
-        ratio = max(cells[a, b], values[1]) / min(cells[a, b], values[1])
-        say(f"  {name:<14}{columns}  {a} to {b}, {ratio:.2f} times off the median")
+    late = summary("alpha (us)", alpha, max(alpha, key=lambda pair: alpha[pair]), ".0f")
+    slow = summary("beta (GB/s)", beta, min(beta, key=lambda pair: beta[pair]), ".2f")
     if dist.get_rank() == 0 and args.json:
-        record = {"world_size": n, "device": device.type, "bytes": [SMALL, large]}
-        record |= {"fastest_s": [listed(small_fastest), listed(large_fastest)]}
-        record |= {"median_s": [listed(small_median), listed(large_median)]}
-        pairs = [
+        result = {"world_size": world_size, "device": device.type, "bytes": [SMALL, large]}
+        result |= {"fastest_s": [listed(small_fastest), listed(large_fastest)]}
+        result |= {"median_s": [listed(small_median), listed(large_median)]}
+        result["pairs"] = [
             {"from": p[0], "to": p[1], "alpha_us": alpha[p], "beta_gb_per_s": beta[p]} for p in beta
         ]
-        args.json.write_text(json.dumps(record | {"pairs": pairs}, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     if dist.get_rank() == 0 and args.plot:
         plot(small_fastest, large_fastest, large, args.plot)
-    measured = sum(t > 0 for t in (*short.values(), *long.values()))
+    timed = sum(t > 0 for t in (*short.values(), *long.values()))
     messages = 2 * len(short) * (args.repeats + args.warmup)
-    same = check(f"wrong echoes of {messages:,}", small_wrong + large_wrong, 0)
-    return check("cells not measured", 2 * n * (n - 1) - measured, 0) and same
+    return [
+        check(f"wrong echoes of {messages:,}", small_wrong + large_wrong, 0),
+        check("pairs without a time, in either direction", 2 * len(short) - timed, 0),
+        expect("slowest pair's latency over the median", late, 1.5, args.strict),
+        expect("median bandwidth over the slowest pair's", slow, 1.5, args.strict),
+    ]
 
 
 def listed(matrix: Matrix) -> list[list[float | None]]:
@@ -154,96 +179,128 @@ def plot(small: Matrix, large: Matrix, size: int, path: Path) -> None:
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
 
 
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    held = all(v <= bound for v in values)  # false for NaN
-    say(f"check: {claim} = {max(values):.3g} <= {bound:.3g}  {'ok' if held else 'FAILED'}")
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--bytes", type=parse_size, default="4M", help="of the large message; K, M, G: 1024, ...")
+    add("--repeats", type=int, default=50, help="timed round trips per pair and size")
+    add("--warmup", type=int, default=5, help="untimed round trips before them")
+    add("--seed", type=int, default=0, help="shifts the numbers that the messages are full of")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--json", type=Path, help="also write fastest and median seconds to this file")
+    add("--plot", type=Path, help="also draw the two tables to this SVG file")
+    add("--strict", action="store_true", help="exit 1 if an `expect:` line does not hold")
+    args = parser.parse_args()
+    if args.bytes < 2 * SMALL:
+        stop(f"--bytes {args.bytes}: give more than the {SMALL} bytes of the small message")
+    if os.environ.get("WORLD_SIZE") == "1":
+        stop(f"one rank has no other to talk to: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    return args
+
+
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from bandwidth_test.parse_size
+def parse_size(text: str) -> int:
+    """Bytes in '64', '16K', '1M' or '2G' (powers of 1024)."""
+    power = "KMG".find(text[-1:].upper()) + 1
+    return int(text[:-1] if power else text) * 1024**power
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
+def main() -> None:
+    args = parse_args()
+    device = join_group(args.device)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
     return held
 
 
+# Copied from ch01_single_gpu_baseline.expect
+def expect(
+    claim: str, value: float, bound: float, strict: bool, at_least: bool = False
+) -> bool | None:
+    """Print whether a value that depends on the machine keeps its bound; judge it if `strict`."""
+    held = bool(value >= bound if at_least else value <= bound)
+    verdict = "ok" if held else "not here"
+    say(f"expect: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}  {verdict}")
+    return held if strict else None
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
 def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+# Copied from ch01_single_gpu_baseline.synchronize
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
-    return device
-
-
-def stop(message: str) -> None:
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
     sys.stderr.write(message + "\n")  # in one piece: other ranks write too
     sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in '64', '16K', '1M' or '2G' (powers of 1024)."""
-    power = "KMG".find(text[-1:].upper()) + 1
-    return positive(text[:-1] if power else text) * 1024**power
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    add = parser.add_argument
-    add("--bytes", type=parse_size, default="4M", help="of the large message; K, M, G: 1024, ...")
-    add("--repeats", type=positive, default=50, help="timed round trips per pair and size")
-    add("--warmup", type=positive, default=5, help="untimed round trips before them")
-    add("--seed", type=int, default=0, help="shifts the numbers that the messages are full of")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--json", type=Path, help="also write fastest and median seconds to this file")
-    add("--plot", type=Path, help="also draw the two tables to this SVG file")
-    args = parser.parse_args()
-    if args.bytes <= SMALL:
-        stop(f"--bytes {args.bytes}: give more than the {SMALL} bytes of the small message")
-    if os.environ.get("WORLD_SIZE") == "1":
-        stop(f"one rank has no other to talk to: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    for path in filter(None, (args.json, args.plot)):
-        try:
-            path.open("ab").close()
-        except OSError as error:
-            stop(f"cannot write {path} ({error.strerror}): give another file")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
 
 
 if __name__ == "__main__":

@@ -167,17 +167,27 @@ def linear_seconds(c: Cluster, tokens: float, inputs: float, outputs: float) -> 
     return product_seconds(c, t, o, i), product_seconds(c, t, i, o) + product_seconds(c, i, o, t)
 
 
-def link(c: Cluster, size: int, stride: int) -> tuple[float, float]:
-    """Bytes/s and alpha of `size` ranks `stride` apart; those of a node share its network cards."""
-    if stride * size <= c.node:
-        return c.inside, c.alpha[0]
-    return min(c.inside, max(1, c.node // stride) * c.across), c.alpha[1]
+def in_a_node(c: Cluster, size: int, stride: int) -> bool:
+    """Whether groups of `size` ranks `stride` apart stay within nodes."""
+    return c.node % (stride * size) == 0
 
 
 def collective_seconds(c: Cluster, size: int, stride: int, count: float) -> float:
-    """All-gather, reduce-scatter or all-to-all of `count` bytes S: alpha + (n-1)/n S / bandwidth."""
-    bandwidth, alpha = link(c, size, stride)
+    """All-gather, reduce-scatter or all-to-all of `count` bytes S: alpha + (n-1)/n S / bandwidth.
+
+    A group that leaves the node goes over the network cards of all its ranks in it.
+    """
+    bandwidth, alpha = c.inside, c.alpha[0]
+    if not in_a_node(c, size, stride):
+        bandwidth, alpha = min(c.inside, max(1, c.node // stride) * c.across), c.alpha[1]
     return (alpha + (size - 1) / size * count / bandwidth) * (size > 1)
+
+
+def hop_seconds(c: Cluster, size: int, stride: int, count: float) -> float:
+    """From each rank to the next; the slowest hop sets the pace, and leaves a node by one card."""
+    if in_a_node(c, size, stride):
+        return c.alpha[0] + count / c.inside
+    return c.alpha[1] + count / c.across
 
 
 def attention_seconds(job: Job, t: int, tokens: float) -> tuple[float, float]:
@@ -197,8 +207,10 @@ def attention_seconds(job: Job, t: int, tokens: float) -> tuple[float, float]:
 def layer_seconds(job: Job, lay: Layout, tokens: float, moe: bool) -> dict[str, float]:
     """Forward and backward of one layer for one micro-batch: computing, and waiting for others.
 
-    TP gathers and scatters twice a pass and cannot hide it (Narayanan et al., 2021, 3.2); CP's
-    ring hides behind attention, EP's all-to-alls behind the layer (DeepSeek-V3, 3.2.1).
+    TP gathers and scatters twice a pass and cannot hide it (Narayanan et al., 2021, 3.2). A hop of
+    CP's ring, K and V forward and their gradients too backward, hides behind 1/CP of attention: with
+    zigzag, by bytes alone, from 2 flash / bandwidth x kv_heads / heads tokens per part on. EP's
+    all-to-alls hide behind the layer (DeepSeek-V3, 3.2.1).
     """
     m, c, t = job.model, job.cluster, lay.tensor
     inner, kv, ffn = m.heads * m.head_dim, m.kv_heads * m.head_dim, m.expert_ffn if moe else m.ffn
@@ -224,12 +236,14 @@ def layer_seconds(job: Job, lay: Layout, tokens: float, moe: bool) -> dict[str, 
     compute += sum(b for _, b in products) + core[1] + 2 * elementwise
     passes = 3 if lay.recompute == "full" else 2
     vector = tokens * m.width * c.item
-    ring = 3 * (lay.context - 1) * tokens * 2 * kv / t * c.item / link(c, lay.context, t)[0]
-    inside = t * lay.context * lay.expert <= c.node
+    hop = hop_seconds(c, lay.context, t, tokens * 2 * kv / t * c.item)
+    exposed = (passes - 1) * max(0.0, hop - core[0] / lay.context)
+    exposed += max(0.0, 2 * hop - core[1] / lay.context)
+    inside = in_a_node(c, lay.expert, t * lay.context)
     sent = vector / t * (m.active if inside else min(m.active, m.nodes_per_token))
     routing = 2 * passes * moe * collective_seconds(c, lay.expert, t * lay.context, sent)
     waiting = {"tensor": passes * 4 * collective_seconds(c, t, 1, vector)}
-    waiting |= {"context": max(0.0, ring - sum(core)), "expert": max(0.0, routing - compute)}
+    waiting |= {"context": (lay.context - 1) * exposed, "expert": max(0.0, routing - compute)}
     return {"compute": compute} | waiting
 
 
@@ -255,9 +269,10 @@ def data_parallel_seconds(job: Job, lay: Layout, compute: float) -> float:
     """
     c, p = job.cluster, lay.pipeline
     shared, routed = (c.item * w / lay.tensor for w in stage_weights(job.model, p, p // 2))
-    near = lay.tensor * (p if lay.context == lay.expert == 1 else 1)
-    once = collective_seconds(c, lay.data * lay.context, near, shared)
     far = lay.tensor * lay.context * lay.expert * p
+    # of a group, in a node: they share its network cards
+    near = min(lay.context * lay.expert, max(1, c.node // lay.tensor)) * max(1, c.node // far)
+    once = collective_seconds(c, lay.data * lay.context, c.node // near, shared)
     once += collective_seconds(c, lay.data // lay.expert, far, routed / lay.expert)
     if job.of_2021:
         return 2 * once
@@ -277,9 +292,9 @@ def step_seconds(job: Job, lay: Layout) -> dict[str, float]:
     each = micro_batch_seconds(job, replace(lay, data=1, zero=0, chunks=1))  # as they do not matter
     time = {kind: micro_batches * seconds for kind, seconds in each.items()}
     bubble = sum(time.values()) * ((p - 1) / (lay.chunks * micro_batches))
-    bandwidth, alpha = link(c, p, lay.tensor * lay.context * lay.expert)
     vector = lay.micro_batch * job.context / lay.context * job.model.width * c.item / lay.tensor
-    sends = 2 * micro_batches * lay.chunks * (alpha + vector / bandwidth) * (p > 1)
+    hop = hop_seconds(c, p, lay.tensor * lay.context * lay.expert, vector)
+    sends = 2 * micro_batches * lay.chunks * hop * (p > 1)
     adam = memory_per_device(job, lay, p // 2)["Adam"] * 28 / 12 / c.memory_rate
     data = data_parallel_seconds(job, lay, each["compute"])
     return time | {"bubble": bubble, "sends": sends, "data": data, "Adam": adam}

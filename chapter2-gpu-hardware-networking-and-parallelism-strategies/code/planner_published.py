@@ -5,7 +5,9 @@ parallelism_planner.py plans for the first two; with --published the runs judge 
 
 import functools
 import itertools
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -101,12 +103,13 @@ def judge(search: Callable) -> list[tuple[str, float, float]]:
 
     Prints the table; returns what is to be checked: what was compared, its value, its bound.
     """
-    print(f"1 process on cpu: {len(PUBLISHED)} published runs; no constant was fitted to them")
-    print("published: MFU in %, as its authors count; the others: of model FLOPs, causal.")
-    print("scaled: the error that is left after one factor, the median of the other systems'.")
+    say(f"1 process on cpu: {len(PUBLISHED)} published runs; no constant was fitted to them")
+    say("published: MFU in %, as its authors count; the others: of model FLOPs, causal.")
+    say("scaled: the error that is left after one factor, the median of the other systems'.")
     columns = ["GPUs", "published", "same", "predicted", "error", "scaled", "GiB", "rank", "of"]
-    print(f"{'':<16}" + "".join(f"{x:>10}" for x in (*columns, "behind")) + "  best of all")
-    rows, ratios = [], {}
+    say(f"{'':<16}" + "".join(f"{x:>10}" for x in (*columns, "behind")) + "  best of all")
+    rows = []
+    ratios: dict[str, list[float]] = {}  # of predicted and published, by system
     for run in PUBLISHED:
         plans, _ = search(run.job, run.software | run.chosen)
         if plans:
@@ -116,7 +119,8 @@ def judge(search: Callable) -> list[tuple[str, float, float]]:
             system, ratio = run.name.split()[0], plans[0].mfu / same
             rows.append((run, plans[0], mfu, same, system, ratio))
             ratios.setdefault(system, []).append(ratio)
-    errors, scaled = [], []
+    errors = []
+    scaled = []
     for run, plan, mfu, same, system, ratio in rows:
         others = itertools.chain(*(x for name, x in ratios.items() if name != system))
         errors.append(ratio - 1)
@@ -127,10 +131,23 @@ def judge(search: Callable) -> list[tuple[str, float, float]]:
         texts += [f"{errors[-1]:+.0%}", f"{scaled[-1]:+.0%}"]
         texts += [f"{sum(plan.memory.values()) / 2**30:.1f}", f"{rank:,}", f"{len(every):,}"]
         texts += [f"{plan.seconds / every[0].seconds - 1:.1%}"]
-        print(f"{run.name:<16}" + "".join(f"{x:>10}" for x in texts) + f"  {every[0].layout}")
+        say(f"{run.name:<16}" + "".join(f"{x:>10}" for x in texts) + f"  {every[0].layout}")
     off, left = (statistics.median(map(abs, x)) for x in (errors, scaled))
     return [
         ("published layouts that do not fit in memory", len(PUBLISHED) - len(rows), 0),
         ("median |error| of the predicted MFU", off, 0.25),
         ("median |error| after one factor from other systems", left, 0.15),
     ]
+
+
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,25 +16,31 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LIMIT_S = 5  # on top of the first --repeats, while the fastest times have not settled
-Action = tuple[Callable[..., object], tuple, int]  # what, with what, how many in a row
+Works = dict[str, tuple[Callable[[], object], int]]  # what to time, and how many in a row
 
 
-def exchange(outgoing: torch.Tensor, incoming: torch.Tensor) -> int:
-    """Send to the right-hand neighbour, receive from the left-hand one; return the bytes sent.
+def exchange(
+    outgoing: torch.Tensor, incoming: torch.Tensor, ring: Sequence[int] | None = None
+) -> int:
+    """Send to the next rank of a ring, receive from the previous one; return the bytes sent.
 
-    Both at once: if every rank sent first and received later, a ring of them could wait for ever.
+    The ring is all ranks, or those given. Both at once: if every rank sent first and received
+    later, a ring of them could wait for ever.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    send = dist.P2POp(dist.isend, outgoing, (rank + 1) % world_size)
-    receive = dist.P2POp(dist.irecv, incoming, (rank - 1) % world_size)
+    ring = ring or range(dist.get_world_size())
+    place = ring.index(dist.get_rank())
+    send = dist.P2POp(dist.isend, outgoing, ring[(place + 1) % len(ring)])
+    receive = dist.P2POp(dist.irecv, incoming, ring[place - 1])
     pair = [op for op in (send, receive) if op.tensor.numel()]  # a chunk may be empty
     for work in dist.batch_isend_irecv(pair) if pair else ():
         work.wait()
@@ -65,104 +71,99 @@ def ring_all_reduce(tensor: torch.Tensor, buffer: torch.Tensor | None = None) ->
     return sent
 
 
-def bytes_to_send(tensor: torch.Tensor) -> int:
-    """What this rank must send: on each trip all chunks but one. 2(n-1)/n of the tensor if even."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    sizes = [chunk.nbytes for chunk in tensor.tensor_split(world_size)]
-    return 2 * sum(sizes) - sizes[(rank + 1) % world_size] - sizes[(rank + 2) % world_size]
+def bytes_to_send(tensor: torch.Tensor, place: int, ranks: int) -> int:
+    """What a rank of a ring must send: on each trip all chunks but one, 2(n-1)/n if even."""
+    sizes = [chunk.nbytes for chunk in tensor.tensor_split(ranks)]
+    return 2 * sum(sizes) - sizes[(place + 1) % ranks] - sizes[(place + 2) % ranks]
 
 
-def errors(count: int, dtype: torch.dtype, device: torch.device) -> list[float]:
-    """All-reduce `count` random numbers; what is wrong with the sum and with the bytes sent.
+def check_sums(
+    name: str, all_reduce: Callable, counts: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[list[bool | None], list]:
+    """Check all-reduces of random numbers; return also what each call returned.
 
-    Returns the largest distance from the sum in float64 and from dist.all_reduce, both relative to
-    the sum of magnitudes, the largest difference between ranks, and the bytes off the formula.
+    A sum of n numbers in any order is within (n-1)u/(1-(n-1)u) of exact, relative to the sum of
+    magnitudes, u being half of eps (Higham, Accuracy and Stability, section 4.2).
     """
-    tensor = torch.randn(count, device=device).to(dtype)
-    exact, magnitude = tensor.double(), tensor.double().abs()
-    mine, library = tensor.clone(), tensor.clone()
-    sent = ring_all_reduce(mine)
-    for reference in (library, exact, magnitude):
-        dist.all_reduce(reference)
-    first = mine.clone()
-    dist.broadcast(first, src=0)
-    pairs = [(mine - exact) / magnitude, (mine.double() - library) / magnitude, mine - first]
-    return [pair.abs().max().item() for pair in pairs] + [abs(sent - bytes_to_send(tensor))]
+    rounding = (dist.get_world_size() - 1) * torch.finfo(dtype).eps / 2
+    rounding /= 1 - rounding
+    distances, returned = [], []
+    for count in counts:
+        tensor = torch.randn(count, device=device).to(dtype)
+        exact, magnitude = tensor.double(), tensor.double().abs()
+        result, library = tensor.clone(), tensor.clone()
+        returned.append(all_reduce(result))
+        for reference in (library, exact, magnitude):
+            dist.all_reduce(reference)
+        first = result.clone()
+        dist.broadcast(first, src=0)
+        to_exact = (result - exact) / magnitude
+        to_library = (result.double() - library) / magnitude
+        distances.append([d.abs().max().item() for d in (to_exact, to_library, result - first)])
+    worst = torch.tensor(distances, dtype=torch.float64).amax(0).tolist()  # amax keeps a NaN
+    claims = [
+        check(f"max |{name} - float64 sum| / sum of |x|", worst[0], rounding),
+        check(f"max |{name} - all_reduce| / sum of |x|", worst[1], 2 * rounding),
+        check("max difference between ranks", worst[2], 0),
+    ]
+    return claims, returned
 
 
-def exchange_and_add(outgoing: torch.Tensor, incoming: torch.Tensor) -> None:
-    exchange(outgoing, incoming)
+def exchange_and_add(
+    outgoing: torch.Tensor, incoming: torch.Tensor, ring: Sequence[int] | None = None
+) -> None:
+    exchange(outgoing, incoming, ring)
     outgoing += incoming
 
 
-def plan(sizes: list[int], dtype: torch.dtype, device: torch.device) -> dict[str, Action]:
+def plan(sizes: list[int], dtype: torch.dtype, device: torch.device) -> Works:
     """What to time on each size: the ring, dist.all_reduce, and the two kinds of step by themselves.
 
     Steps run as many in a row as in the ring, so that both pay only once for ranks that start
     unevenly. Zeros, which stay zeros however often they are summed.
     """
-    world_size, actions = dist.get_world_size(), {}
+    n = dist.get_world_size()
+    works: Works = {}
     for size in sizes:
         tensor = torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
-        pair = tuple(torch.zeros_like(tensor.tensor_split(world_size)[0]).repeat(2, 1))
-        actions[f"passes {size}"] = (exchange, pair, 2 * world_size - 2)
-        actions[f"adds {size}"] = (exchange_and_add, pair, 2 * world_size - 2)
-        actions[f"ring {size}"] = (ring_all_reduce, (tensor, pair[1]), 1)
-        actions[f"library {size}"] = (dist.all_reduce, (tensor,), 1)
-    return actions
+        chunk, buffer = torch.zeros_like(tensor.tensor_split(n)[0]).repeat(2, 1)
+        works[f"passes {size}"] = (partial(exchange, chunk, buffer), 2 * n - 2)
+        works[f"adds {size}"] = (partial(exchange_and_add, chunk, buffer), 2 * n - 2)
+        works[f"ring {size}"] = (partial(ring_all_reduce, tensor, buffer), 1)
+        works[f"library {size}"] = (partial(dist.all_reduce, tensor), 1)
+    return works
 
 
-def measure(actions: dict[str, Action], repeats: int, device: torch.device) -> dict[str, list]:
-    """Seconds per call of each action, until its slowest rank is done, `repeats` times or more.
+def time_works(works: Works, repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds per call of each work, until its slowest rank is done, `repeats` times.
 
-    All in turn, so that a slow moment of the machine hits all; and on, up to LIMIT_S, while the
-    fastest times still fall by 2 % from one block to the next.
+    All in turn, so that a slow moment of the machine hits all.
     """
-    counts = torch.tensor([[in_a_row] for _, _, in_a_row in actions.values()])
-    fastest, blocks, spent, settled = torch.full((len(actions),), torch.inf), [], 0.0, False
-    while len(blocks) < 2 or not (settled or spent > LIMIT_S):
-        block = torch.zeros(len(actions), -(-repeats // 2), dtype=torch.float64)
-        for turn in range(block.shape[1]):
-            for row, (action, arguments, in_a_row) in zip(block, actions.values(), strict=True):
-                dist.barrier()
-                start = time.perf_counter()
-                for _ in range(in_a_row):
-                    action(*arguments)
-                synchronize(device)
-                row[turn] = time.perf_counter() - start
-        block = block.to(device)
-        dist.all_reduce(block, op=dist.ReduceOp.MAX)  # so all ranks stop after the same block
-        blocks.append(block.cpu())
-        spent += blocks[-1].sum().item()
-        before, fastest = fastest, torch.minimum(fastest, blocks[-1].amin(1))
-        settled = (fastest / before).mean().item() > 0.98
-    seconds = torch.cat(blocks, 1) / counts
-    return dict(zip(actions, seconds.tolist(), strict=True))
+    seconds = []
+    for _ in range(repeats):
+        seconds.append([batch_seconds(work, calls, device) for work, calls in works.values()])
+    return dict(zip(works, slowest_rank(seconds, device).T.tolist(), strict=True))
 
 
-def tolerance(samples: list[list[float]]) -> float:
-    """20 %, or more where the machine is too noisy to tell: twice the median disagreement between
-    the fastest of the odd and of the even repeats of one and the same thing.
-    """
-    pairs = [(min(times[::2]), min(times[1::2])) for times in samples if len(times) > 1]
-    scatter = [abs(odd / even - 1) for odd, even in pairs]
-    return max(0.2, 2 * statistics.median(scatter or [0.0]))
-
-
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    world_size, dtype = dist.get_world_size(), DTYPES[args.dtype]
-    torch.manual_seed(args.seed + dist.get_rank())
+def tensor_sizes(args: argparse.Namespace, dtype: torch.dtype) -> list[int]:
+    """Bytes of whole elements: --min-bytes, then --factor times as many, up to --max-bytes."""
+    if args.factor < 2:
+        stop(f"--factor {args.factor} never gets to --max-bytes: type --factor 2 or more")
     sizes = [max(args.min_bytes // dtype.itemsize, 1) * dtype.itemsize]
     while sizes[-1] * args.factor <= args.max_bytes:
         sizes.append(sizes[-1] * args.factor)
-    awkward = [1, world_size - 1, 2 * world_size + 1]  # chunks that are empty, or longer by one
-    counts = awkward + [size // dtype.itemsize for size in sizes]
-    wrong = torch.tensor([errors(count, dtype, device) for count in counts], dtype=torch.float64)
-    to_exact, to_library, spread, miscounted = wrong.amax(0).tolist()  # amax keeps a NaN
+    return sizes
 
-    times = measure(plan(sizes, dtype, device), args.repeats, device)
-    steps, traffic = world_size - 1, 2 * (world_size - 1) / world_size
-    say(f"{world_size} ranks on {device.type}: {steps} steps that add, {steps} that only pass on")
+
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    n = dist.get_world_size()
+    dtype = DTYPES[args.dtype]
+    if n == 1:
+        stop(f"one rank has no ring: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    sizes = tensor_sizes(args, dtype)
+    times = time_works(plan(sizes, dtype, device), args.repeats, device)
+    steps = n - 1
+    say(f"{n} ranks on {device.type}: {steps} steps that add, {steps} that only pass on")
     say(f"{'':12}{'one step alone, us':>22}{'all-reduce, ms':>19}")
     say(f"{'bytes':>12}{'adds':>11}{'passes on':>11}{'predicted':>11}{'fastest':>8}{'error':>7}"
         f"{'median':>8}{'library':>8}{'busbw GB/s':>11}")  # fmt: skip
@@ -172,154 +173,177 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
         adds, passes, fastest, library = (
             min(times[f"{name} {size}"]) for name in ("adds", "passes", "ring", "library")
         )
-        predicted, median = steps * (adds + passes), statistics.median(times[f"ring {size}"])
-        rows.append((size, predicted, fastest, median, library))
+        predicted = steps * (adds + passes)
+        median = statistics.median(times[f"ring {size}"])
+        row = {"bytes": size, "predicted": predicted, "fastest": fastest, "median": median}
+        rows.append(row | {"all_reduce": library})
+        bandwidth = 2 * steps / n * size / fastest
         say(f"{size:>12,}{adds * 1e6:>11.0f}{passes * 1e6:>11.0f}{predicted * 1e3:>11.2f}"
             f"{fastest * 1e3:>8.2f}{predicted / fastest - 1:>+7.0%}{median * 1e3:>8.2f}"
-            f"{library * 1e3:>8.2f}{traffic * size / fastest / 1e9:>11.2f}")  # fmt: skip
-    if dist.get_rank() == 0:
-        save(args, rows)
+            f"{library * 1e3:>8.2f}{bandwidth / 1e9:>11.2f}")  # fmt: skip
+    if args.json and dist.get_rank() == 0:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
-    # A sum of n numbers in any order is within (n-1)u/(1-(n-1)u) of exact, relative to the sum of
-    # magnitudes, u being half of eps (Higham, Accuracy and Stability, section 4.2).
-    rounding = steps * torch.finfo(dtype).eps / 2
-    rounding /= 1 - rounding
-    held = [
-        check("max |ring - float64 sum| / sum of |x|", to_exact, rounding),
-        check("max |ring - all_reduce| / sum of |x|", to_library, 2 * rounding),
-        check("max difference between ranks", spread, 0),
-        check("bytes sent, off the formula", miscounted, 0),
-    ]
-    misses = [abs(row[1] / row[2] - 1) for row in rows if row[0] >= 2**16]
-    if misses:
-        bound = tolerance([times[f"ring {row[0]}"] for row in rows if row[0] >= 2**16])
-        held.append(
-            check("median error of predictions from 64 KiB", statistics.median(misses), bound)
-        )
+    torch.manual_seed(args.seed + dist.get_rank())
+    awkward = [1, n - 1, 2 * n + 1]  # chunks that are empty, or longer by one
+    counts = awkward + [size // dtype.itemsize for size in sizes]
+    claims, sent = check_sums("ring", ring_all_reduce, counts, dtype, device)
+    tensors = [torch.empty(count, dtype=dtype) for count in counts]
+    formula = [bytes_to_send(tensor, dist.get_rank(), n) for tensor in tensors]
+    missed = max(abs(a - b) for a, b in zip(sent, formula, strict=True))
+    claims.append(check("max |bytes sent - formula|", missed, 0))
+    large = [row for row in rows if row["bytes"] >= 2**16]
+    if large:
+        error = statistics.median(abs(row["predicted"] / row["fastest"] - 1) for row in large)
+        claim = "median |error| of predictions from 64 KiB"
+        claims.append(expect(claim, error, 0.2, args.strict))
     if sizes[-1] >= 2**24:
-        held.append(check("ring / library at the largest", rows[-1][2] / rows[-1][4], 1 / 0.7))
-    return all(held)
-
-
-def save(args: argparse.Namespace, rows: list[tuple[int, float, float, float, float]]) -> None:
-    """Write the table's rows, times in seconds, as JSON and as a picture, where asked for."""
-    names = ("bytes", "predicted", "fastest", "median", "all_reduce")
-    if args.json:
-        record = [dict(zip(names, row, strict=True)) for row in rows]
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    if not args.plot:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ring_allreduce"
-    from matplotlib import pyplot
-
-    size, *columns = zip(*rows, strict=True)
-    figure, axis = pyplot.subplots(figsize=(6.4, 4))
-    styles = {"predicted": "k--", "fastest": "o-", "median": "o:", "all_reduce": "s-"}
-    for name, seconds in zip(names[1:], columns, strict=True):
-        axis.loglog(size, [s * 1e3 for s in seconds], styles[name], label=name, base=2)
-    axis.set(xlabel="bytes", ylabel="ms", title=f"Ring all-reduce, {dist.get_world_size()} ranks")
-    axis.set_yscale("log")  # powers of 10, unlike the sizes
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(args.plot, format="svg", facecolor="white", metadata={"Date": None})
-
-
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    held = all(v <= bound for v in values)  # a NaN is not
-    worst = max(values, key=lambda v: (v != v, v))  # a NaN, which differs from itself, is worst
-    say(f"check: {claim} = {worst:.3g} <= {bound:.3g}  {'ok' if held else 'FAILED'}")
-    return held
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    if os.environ["WORLD_SIZE"] == "1":
-        stop(f"one rank has no ring: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def size_in_bytes(text: str) -> int:
-    """'64', '16K', '1M' or '2G': powers of 1024."""
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
-    return positive(text if unit == 1 else text[:-1]) * unit
+        claim = f"ring's time over all_reduce's at {sizes[-1]:,} bytes"
+        ratio = rows[-1]["fastest"] / rows[-1]["all_reduce"]
+        claims.append(expect(claim, ratio, 1.5, args.strict))
+    return claims
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
     add = parser.add_argument
-    add("--min-bytes", type=size_in_bytes, default="4K", help="smallest tensor; K, M, G: 1024s")
-    add("--max-bytes", type=size_in_bytes, default="16M", help="largest tensor; K, M, G: 1024s")
-    add("--factor", type=positive, default=8, help="each size is so many times the one before")
-    add("--repeats", type=positive, default=30, help="timed calls for each size, at least")
+    add("--min-bytes", type=parse_size, default="4K", help="smallest tensor; K, M, G: 1024s")
+    add("--max-bytes", type=parse_size, default="16M", help="largest tensor; K, M, G: 1024s")
+    add("--factor", type=int, default=8, help="each size is so many times the one before")
+    add("--repeats", type=int, default=20, help="timed batches of each size and step")
     add("--dtype", choices=DTYPES, default="float32", help="of the tensor, and of the additions")
     add("--seed", type=int, default=0, help="rank r draws its numbers with seed + r")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--json", type=Path, help="also write the table, times in seconds, to this file")
-    add("--plot", type=Path, help="also draw the times, ms over bytes, to this SVG file")
-    args = parser.parse_args()
-    if args.factor < 2 or args.max_bytes < args.min_bytes:
-        stop("no sizes to try: type --factor 2 or more, and --max-bytes not below --min-bytes")
-    for path in filter(None, (args.json, args.plot)):
-        try:
-            path.open("ab").close()
-        except OSError as error:
-            stop(f"cannot write {path} ({error.strerror}): give another file")
-    return args
+    add("--strict", action="store_true", help="exit 1 if an `expect:` line does not hold")
+    return parser.parse_args()
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from allreduce_microbench.batch_seconds
+def batch_seconds(work: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds per call of one batch: after one more that all ranks start from, calls back to back,
+    synchronized once, at the end.
+    """
+    work()
+    synchronize(device)
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+# Copied from allreduce_microbench.slowest_rank
+def slowest_rank(seconds: list, device: torch.device) -> torch.Tensor:
+    tensor = torch.tensor(seconds, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.cpu()
+
+
+# Copied from bandwidth_test.parse_size
+def parse_size(text: str) -> int:
+    """Bytes in '64', '16K', '1M' or '2G' (powers of 1024)."""
+    power = "KMG".find(text[-1:].upper()) + 1
+    return int(text[:-1] if power else text) * 1024**power
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.synchronize
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.expect
+def expect(
+    claim: str, value: float, bound: float, strict: bool, at_least: bool = False
+) -> bool | None:
+    """Print whether a value that depends on the machine keeps its bound; judge it if `strict`."""
+    held = bool(value >= bound if at_least else value <= bound)
+    verdict = "ok" if held else "not here"
+    say(f"expect: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}  {verdict}")
+    return held if strict else None
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ import argparse
 import os
 import sys
 from collections import Counter
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of a weight and its bias
 Weights = dict[str, torch.Tensor]  # by "0.norm1.weight", "0.qkv.bias", ...
 CUT = {"qkv.weight": 1, "qkv.bias": 1, "out.weight": 1}  # parameter: the dimension that is cut
 CUT |= {"up.weight": 0, "up.bias": 0, "down.weight": 1}  # every rank holds the whole of the others
@@ -39,10 +42,10 @@ def all_reduce(x: torch.Tensor, seq: int, counter: str = "all-reduce") -> torch.
 def reduce_scatter(x: torch.Tensor, seq: int) -> torch.Tensor:
     """Sum over the ranks, then this rank's tokens: [seq, width] -> [part of seq, width]."""
     parts = list(x.contiguous().tensor_split(dist.get_world_size()))  # may be unequal
-    mine = torch.empty_like(parts[dist.get_rank()])
-    dist.reduce_scatter(mine, parts)
+    part = torch.empty_like(parts[dist.get_rank()])
+    dist.reduce_scatter(part, parts)
     payload["scatter"] += x.nbytes
-    return mine
+    return part
 
 
 def all_gather(x: torch.Tensor, seq: int) -> torch.Tensor:
@@ -133,42 +136,27 @@ def blocks(mode: str, x: torch.Tensor, seq: int, weights: Weights, head_dim: int
     return x
 
 
-def make_weights(args: argparse.Namespace) -> Weights:
-    """The whole weights in float64; no bias is zero, since a zero hides being added twice."""
-    width, heads = args.width, (args.heads, args.head_dim)
-    block = {"norm1": ((width,), (width,)), "qkv": ((3, *heads, width), (3, *heads))}
-    block |= {"out": ((width, *heads), (width,)), "norm2": ((width,), (width,))}
-    block |= {"up": ((args.ffn, width), (args.ffn,)), "down": ((width, args.ffn), (width,))}
-    weights = {}
-    for name in (f"{b}.{layer}" for b in range(args.layers) for layer in block):
-        weight, bias = (torch.randn(s, dtype=torch.float64) for s in block[name.split(".")[1]])
-        inputs = weight.numel() // bias.numel()
-        weights[f"{name}.weight"] = 1 + weight / 4 if "norm" in name else weight / inputs**0.5
-        weights[f"{name}.bias"] = bias / 4
-    return weights
-
-
-def shard(name: str, tensor: torch.Tensor, mode: str) -> torch.Tensor:
+def own_part(mode: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a weight, of the tokens, or of a gradient; parts may be unequal."""
     if mode == "whole":
         return tensor
-    by_token = {"input": 0, "output": 0} if mode != "tensor" else {}
-    dimension = (CUT | by_token).get(name.partition(".")[2] or name)
-    if dimension is None:
-        return tensor
-    return tensor.tensor_split(dist.get_world_size(), dimension)[dist.get_rank()].contiguous()
+    if name in ("input", "output") and mode != "tensor":
+        return tensor.tensor_split(dist.get_world_size())[dist.get_rank()]
+    return shard(name, tensor)
 
 
-def train_step(
+def forward_backward(
     mode: str, x: torch.Tensor, push: torch.Tensor, weights: Weights, head_dim: int
 ) -> tuple[Weights, int]:
     """The output, and the gradients for push, the output's gradient; bytes kept for backward.
 
     Bytes kept are those of the distinct storages that autograd saves, weights left out.
     """
-    leaves = {name: shard(name, w, mode).clone() for name, w in {"input": x, **weights}.items()}
-    mine = {name: leaf.requires_grad_() for name, leaf in leaves.items() if name != "input"}
-    known = {w.untyped_storage().data_ptr() for w in mine.values()}
+    leaves = {}
+    for name, tensor in {"input": x, **weights}.items():
+        leaves[name] = own_part(mode, name, tensor).clone().requires_grad_()
+    own_weights = {name: leaves[name] for name in weights}
+    known = {w.untyped_storage().data_ptr() for w in own_weights.values()}
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,23 +166,23 @@ def train_step(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = blocks(mode, leaves["input"].requires_grad_(), len(x), mine, head_dim)
-    gradients = torch.autograd.grad(output, leaves.values(), shard("output", push, mode))
+        output = blocks(mode, leaves["input"], len(x), own_weights, head_dim)
+    gradients = torch.autograd.grad(output, leaves.values(), own_part(mode, "output", push))
     results = dict(zip(leaves, gradients, strict=True)) | {"output": output.detach()}
     if mode in ("sequence", "regather"):
-        for name in mine:  # what every rank holds whole has met only this rank's tokens
+        for name in weights:  # what every rank holds whole has met only this rank's tokens
             if name.partition(".")[2] not in CUT:
                 results[name] = all_reduce(results[name], len(x), "gradients")
     return results, sum(kept.values())
 
 
-def worst_error(results: Weights, exact: Weights, mode: str) -> float:
-    """Largest over the tensors: root mean square of the error over that of the exact values."""
+def worst_error(mode: str, results: Weights, exact: Weights) -> float:
+    """Largest relative error of any tensor of this rank; NaN if any is NaN."""
     relative = []
     for name, value in exact.items():
-        error = results[name].double() - shard(name, value, mode)
-        relative.append((error.square().mean() / value.square().mean()).sqrt())
-    return torch.stack(relative).max().item()  # NaN if any is NaN
+        error = results[name].double() - own_part(mode, name, value)
+        relative.append(relative_rms(error, value))
+    return torch.tensor(relative).max().item()
 
 
 def kept_by_formula(mode: str, args: argparse.Namespace, itemsize: int) -> int:
@@ -203,10 +191,11 @@ def kept_by_formula(mode: str, args: argparse.Namespace, itemsize: int) -> int:
     Besides these, two numbers per token and norm, and one float32 per token and head (attention
     keeps the normalizer, not the scores).
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    n = dist.get_world_size()
     sizes = torch.tensor([args.seq, args.heads, args.ffn])
     if mode != "whole":
-        sizes = sizes // world_size + (rank < sizes % world_size)
+        sizes = sizes // n + (rank < sizes % n)
     part, heads, ffn = sizes.tolist()
     normed = part if mode in ("sequence", "regather") else args.seq  # tokens at a norm
     entering = part if mode == "regather" else args.seq  # kept tokens at a column-parallel layer
@@ -215,97 +204,52 @@ def kept_by_formula(mode: str, args: argparse.Namespace, itemsize: int) -> int:
     return args.layers * (elements * itemsize + args.seq * heads * 4)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    world_size, dtype = dist.get_world_size(), DTYPES[args.dtype]
-    if min(args.heads, args.ffn, args.seq) < world_size:
-        stop(f"{world_size} ranks: type --heads, --ffn and --seq of {world_size} or more")
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    n = dist.get_world_size()
+    dtype = DTYPES[args.dtype]
+    if min(args.heads, args.ffn, args.seq) < n:
+        stop(f"{n} ranks: type --heads, --ffn and --seq of {n} or more")
     torch.manual_seed(args.seed)
     x, push = torch.randn(2, args.seq, args.width).to(device, dtype)
     # in the dtype of the run, then back: the reference starts from exactly the same weights
-    weights = {name: w.to(device, dtype) for name, w in make_weights(args).items()}
+    weights = {name: w.to(device, dtype) for name, w in make_weights(block_shapes(args)).items()}
     double = {name: w.double() for name, w in weights.items()}
-    exact, _ = train_step("whole", x.double(), push.double(), double, args.head_dim)
+    exact, _ = forward_backward("whole", x.double(), push.double(), double, args.head_dim)
 
-    say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {args.dtype}, rank 0's share")
+    say(f"{n} rank{'s' * (n > 1)} on {device.type}: {args.dtype}, rank 0's share")
     say("                   bytes sent   bytes kept   by formula   share  paper    error")
     # The paper, sections 4.2.1 and 4.2.2, 16-bit, with dropout, without attention's scores: of 34
     # bytes per token and unit of width 10 are cut by tokens only; 4 of them enter column layers
-    n, errors, off, alone, weighted = world_size, {}, [], 0, {}
     paper = {"whole": 34, "tensor": 10 + 24 / n, "sequence": 4 + 30 / n, "regather": 34 / n}
+    errors, kept_errors, kept, sent = {}, [], {}, {}
     for mode, name in NAMES.items():
         payload.clear()
-        results, kept = train_step(mode, x, push, weights, args.head_dim)
-        errors[mode], alone = worst_error(results, exact, mode), alone or kept
-        weighted[mode] = 2 * payload["all-reduce"] + payload["scatter"] + payload["gather"]
+        results, kept[mode] = forward_backward(mode, x, push, weights, args.head_dim)
+        errors[mode] = worst_error(mode, results, exact)
+        sent[mode] = 2 * payload["all-reduce"] + payload["scatter"] + payload["gather"]
         formula = kept_by_formula(mode, args, dtype.itemsize)
-        off.append(abs(kept / formula - 1))
-        counts = f"{weighted[mode] * (n - 1) / n:12,.0f} {kept:12,} {formula:12,}"
-        shares = f"{kept / alone:7.3f} {paper[mode] / 34:6.3f} {errors[mode]:8.1e}"
+        kept_errors.append(abs(kept[mode] / formula - 1))
+        counts = f"{sent[mode] * (n - 1) / n:12,.0f} {kept[mode]:12,} {formula:12,}"
+        shares = f"{kept[mode] / kept['whole']:7.3f} {paper[mode] / 34:6.3f} {errors[mode]:8.1e}"
         say(f"{name:16} {counts} {shares}")
     once = args.layers * args.seq * args.width * dtype.itemsize  # all activations between layers
     predicted = {"whole": 0, "tensor": 8 * once, "sequence": 8 * once, "regather": 10 * once}
     say(f"bytes sent by formula: 8 (n-1)/n x blocks x activations = {8 * once * (n - 1) / n:,.0f}")
     say(f"and 10 (n-1)/n to gather again = {10 * once * (n - 1) / n:,.0f}")
-    say(
-        f"once per step: {payload['gradients']:,} bytes of gradients (norms, biases of out and down)"
-    )
+    of_whole = payload["gradients"]  # of what every rank holds whole
+    say(f"once per step: {of_whole:,} bytes of gradients (norms, biases of out and down)")
 
-    missed = max(abs(weighted[mode] - predicted[mode]) for mode in NAMES)
-    of_whole = args.layers * 6 * args.width * dtype.itemsize  # 2 norms of 2 vectors, 2 biases
-    missed = max(missed, abs(payload["gradients"] - of_whole))
-    equal = check(
-        "bytes sent, |+ sequence - tensor|", abs(weighted["sequence"] - weighted["tensor"]), 0
-    )
-    counted = check("bytes sent, |counted - formula|", missed, 0)
-    kept_right = check("bytes kept, |measured / formula - 1|", max(off), 0.01)
+    # 2 norms of 2 vectors and 2 biases in each block
+    missed = [abs(of_whole - args.layers * 6 * args.width * dtype.itemsize)]
+    missed += [abs(sent[mode] - predicted[mode]) for mode in NAMES]
     bound = 2 * errors.pop("whole")
     worst = torch.tensor(list(errors.values())).max().item()
-    exactly = check("worst error, at most twice one process's", worst, bound)
-    return equal and counted and kept_right and exactly
-
-
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    worst = torch.tensor(values, dtype=torch.float64).max().item()  # NaN if any is NaN
-    say(f"check: {claim} = {worst:.3g} <= {bound:.3g}  {'ok' if worst <= bound else 'FAILED'}")
-    return worst <= bound
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+    return [
+        check("bytes sent, |+ sequence - tensor|", abs(sent["sequence"] - sent["tensor"]), 0),
+        check("bytes sent, |counted - formula|", max(missed), 0),
+        check("bytes kept, |measured / formula - 1|", max(kept_errors), 0.01),
+        check("worst error, at most twice one process's", worst, bound),
+    ]
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -315,28 +259,133 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    parser.add_argument("--seq", type=positive, default=501, help="tokens of the one sequence")
-    parser.add_argument("--width", type=positive, default=96, help="size of a token's vector")
-    parser.add_argument("--heads", type=positive, default=6, help="attention heads")
-    parser.add_argument("--head-dim", type=positive, default=16, help="size of a head's vectors")
-    parser.add_argument("--ffn", type=positive, default=384, help="hidden size of the MLP")
-    parser.add_argument("--layers", type=positive, default=2, help="transformer blocks")
+    parser.add_argument("--seq", type=int, default=501, help="tokens of the one sequence")
+    parser.add_argument("--width", type=int, default=96, help="size of a token's vector")
+    parser.add_argument("--heads", type=int, default=6, help="attention heads")
+    parser.add_argument("--head-dim", type=int, default=16, help="size of a head's vectors")
+    parser.add_argument("--ffn", type=int, default=384, help="hidden size of the MLP")
+    parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
     parser.add_argument("--seed", type=int, default=0, help="for weights and tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from tensor_parallel_from_scratch.block_shapes
+def block_shapes(args: argparse.Namespace) -> dict[str, Shapes]:
+    """Of the weight and the bias of each layer of the blocks, by "0.norm1", "0.qkv", ..."""
+    width = args.width
+    heads = (args.heads, args.head_dim)
+    block = {"norm1": ((width,), (width,)), "qkv": ((3, *heads, width), (3, *heads))}
+    block |= {"out": ((width, *heads), (width,)), "norm2": ((width,), (width,))}
+    block |= {"up": ((args.ffn, width), (args.ffn,)), "down": ((width, args.ffn), (width,))}
+    return {f"{b}.{name}": pair for b in range(args.layers) for name, pair in block.items()}
+
+
+# Copied from tensor_parallel_from_scratch.make_weights
+def make_weights(shapes: dict[str, Shapes]) -> Weights:
+    """The whole weights in float64; no bias is zero, since a zero hides being added twice."""
+    weights = {}
+    for name, pair in shapes.items():
+        weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in pair)
+        inputs = weight.numel() // bias.numel()
+        weights[f"{name}.weight"] = 1 + weight / 4 if "norm" in name else weight / inputs**0.5
+        weights[f"{name}.bias"] = bias / 4
+    return weights
+
+
+# Copied from tensor_parallel_from_scratch.shard
+def shard(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a weight or of its gradient; parts may be unequal."""
+    dimension = CUT.get(".".join(name.split(".")[-2:]))
+    if dimension is None:
+        return tensor
+    return tensor.tensor_split(dist.get_world_size(), dimension)[dist.get_rank()].contiguous()
+
+
+# Copied from data_parallel_from_scratch.relative_rms
+def relative_rms(error: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the error, over that of the exact values."""
+    return (error.square().mean() / exact.square().mean()).sqrt().item()
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

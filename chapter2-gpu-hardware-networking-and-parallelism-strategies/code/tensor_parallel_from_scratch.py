@@ -15,14 +15,17 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
 
 CUT = {"embed.weight": 0, "qkv.weight": 1, "qkv.bias": 1, "out.weight": 1}  # by dimension
 CUT |= {"up.weight": 0, "up.bias": 0, "down.weight": 1, "head.weight": 0, "head.bias": 0}
 Parts = tuple[Callable[..., torch.Tensor], ...]  # embedding, column, row, cross-entropy
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of a weight and its bias
 Weights = dict[str, torch.Tensor]  # by "embed.weight", "0.qkv.bias", ... "head.bias"
 reduced: Counter[tuple[str, str, int]] = Counter()  # (where, pass, payload in bytes) of all-reduces
 
@@ -82,14 +85,15 @@ def row_parallel(x: torch.Tensor, weights: Weights, name: str, where: str) -> to
 def own_rows(ids: torch.Tensor, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Row of each id in this rank's part of the vocabulary (0 if elsewhere), and if it is there."""
     part = torch.arange(vocab).tensor_split(dist.get_world_size())[dist.get_rank()]
-    mine = (ids >= part[0]) & (ids <= part[-1])
-    return (ids - part[0]).where(mine, 0), mine
+    is_here = (ids >= part[0]) & (ids <= part[-1])
+    return (ids - part[0]).where(is_here, 0), is_here
 
 
 def parallel_embedding(tokens: torch.Tensor, table: torch.Tensor, vocab: int) -> torch.Tensor:
     """[batch, seq] -> [batch, seq, width]; a rank adds zeros for tokens that it has no row of."""
-    rows, mine = own_rows(tokens, vocab)
-    return ReduceFromTensorParallel.apply(F.embedding(rows, table) * mine[..., None], "embedding")
+    rows, is_here = own_rows(tokens, vocab)
+    part = F.embedding(rows, table) * is_here[..., None]
+    return ReduceFromTensorParallel.apply(part, "embedding")
 
 
 def parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -98,11 +102,12 @@ def parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab: i
     Three numbers per token are reduced: the highest logit, the sum of the exponentials, and the
     target's logit (the fused loss at the end of the paper's section 3).
     """
-    logits, (rows, mine) = logits.float(), own_rows(targets, vocab)
+    logits = logits.float()
+    rows, is_here = own_rows(targets, vocab)
     highest = all_reduce(logits.detach().amax(-1), "cross-entropy", op=dist.ReduceOp.MAX)
     exponentials = (logits - highest[..., None]).exp().sum(-1)  # [batch, seq]
     exponentials = ReduceFromTensorParallel.apply(exponentials, "cross-entropy")
-    target = logits.gather(-1, rows[..., None]).squeeze(-1) * mine
+    target = logits.gather(-1, rows[..., None]).squeeze(-1) * is_here
     target = ReduceFromTensorParallel.apply(target, "cross-entropy")
     return (exponentials.log() + highest - target).mean()
 
@@ -137,15 +142,19 @@ def model(
     return first, cross_entropy(logits, batch[:, 1:], args.vocab)
 
 
-def make_weights(args: argparse.Namespace) -> Weights:
-    """The whole weights in float64; no bias is zero, since a zero hides being added twice."""
-    width, heads = args.width, (args.heads, args.head_dim)
+def block_shapes(args: argparse.Namespace) -> dict[str, Shapes]:
+    """Of the weight and the bias of each layer of the blocks, by "0.norm1", "0.qkv", ..."""
+    width = args.width
+    heads = (args.heads, args.head_dim)
     block = {"norm1": ((width,), (width,)), "qkv": ((3, *heads, width), (3, *heads))}
     block |= {"out": ((width, *heads), (width,)), "norm2": ((width,), (width,))}
     block |= {"up": ((args.ffn, width), (args.ffn,)), "down": ((width, args.ffn), (width,))}
-    shapes = {f"{b}.{name}": pair for b in range(args.layers) for name, pair in block.items()}
-    shapes |= {"norm": ((width,), (width,)), "head": ((args.vocab, width), (args.vocab,))}
-    weights = {"embed.weight": torch.randn(args.vocab, width, dtype=torch.float64)}
+    return {f"{b}.{name}": pair for b in range(args.layers) for name, pair in block.items()}
+
+
+def make_weights(shapes: dict[str, Shapes]) -> Weights:
+    """The whole weights in float64; no bias is zero, since a zero hides being added twice."""
+    weights = {}
     for name, pair in shapes.items():
         weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in pair)
         inputs = weight.numel() // bias.numel()
@@ -162,7 +171,7 @@ def shard(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.tensor_split(dist.get_world_size(), dimension)[dist.get_rank()].contiguous()
 
 
-def train_step(
+def sgd_step(
     parts: Parts, weights: Weights, batch: torch.Tensor, args: argparse.Namespace
 ) -> Weights:
     """One step of SGD at learning rate 1: the loss, the gradients and the new weights, by name."""
@@ -175,41 +184,45 @@ def train_step(
 
 
 def errors(results: Weights, exact: Weights, parts: Parts) -> dict[str, float]:
-    """Largest relative error by layer: the root mean square of the error over that of the value.
-
-    Results of PARALLEL are this rank's shards, and are compared with its part of the exact ones.
-    """
+    """Largest relative error by layer. Results of PARALLEL are this rank's shards."""
     found = defaultdict(list)
     for name, value in exact.items():
-        error = results[name].double() - (shard(name, value) if parts is PARALLEL else value)
-        relative = (error.square().mean() / value.square().mean()).sqrt()
-        found[name.split(".")[-2]].append(relative)
-    return {layer: torch.stack(values).max().item() for layer, values in found.items()}
+        expected = shard(name, value) if parts is PARALLEL else value
+        error = relative_rms(results[name].double() - expected, value)
+        found[name.split(".")[-2]].append(error)
+    return {layer: torch.tensor(values).max().item() for layer, values in found.items()}
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    world_size, dtype = dist.get_world_size(), DTYPES[args.dtype]
-    if min(args.heads, args.ffn, args.vocab) < world_size:
-        stop(f"{world_size} ranks: type --heads, --ffn and --vocab of {world_size} or more")
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    n = dist.get_world_size()
+    dtype = DTYPES[args.dtype]
+    if min(args.heads, args.ffn, args.vocab) < n:
+        stop(f"{n} ranks: type --heads, --ffn and --vocab of {n} or more")
     torch.manual_seed(args.seed)
     batch = torch.randint(args.vocab, (args.batch, args.seq + 1)).to(device)
+    width = args.width
+    shapes = block_shapes(args)
+    shapes |= {"norm": ((width,), (width,)), "head": ((args.vocab, width), (args.vocab,))}
+    weights = {"embed.weight": torch.randn(args.vocab, width, dtype=torch.float64)}
+    weights |= make_weights(shapes)
     # in the dtype of the run, then back: the reference starts from exactly the same weights
-    whole = {name: w.to(device, dtype) for name, w in make_weights(args).items()}
-    exact = train_step(WHOLE, {name: w.double() for name, w in whole.items()}, batch, args)
-    alone = errors(train_step(WHOLE, whole, batch, args), exact, WHOLE)
-    mine = {name: shard(name, w) for name, w in whole.items()}
-    split = errors(train_step(PARALLEL, mine, batch, args), exact, PARALLEL)
+    whole = {name: w.to(device, dtype) for name, w in weights.items()}
+    exact = sgd_step(WHOLE, {name: w.double() for name, w in whole.items()}, batch, args)
+    one_process = errors(sgd_step(WHOLE, whole, batch, args), exact, WHOLE)
+    shards = {name: shard(name, w) for name, w in whole.items()}
+    parallel = errors(sgd_step(PARALLEL, shards, batch, args), exact, PARALLEL)
 
-    say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {args.dtype}")
-    say("layer   whole weight        on rank 0           error: alone     split")
-    for layer in split:
+    say(f"{n} rank{'s' * (n > 1)} on {device.type}: {args.dtype}")
+    say("layer   whole weight        on rank 0          error: one process  parallel")
+    for layer in parallel:
         name = f"{layer}.weight" if f"{layer}.weight" in whole else f"0.{layer}.weight"
-        shapes = [str(list(w[name].shape)) if name in w else "" for w in (whole, mine)]
-        say("{:7} {:19} {:19} {:12.1e} {:9.1e}".format(layer, *shapes, alone[layer], split[layer]))
-    numbers = [sum(w.numel() for w in weights.values()) for weights in (whole, mine)]
+        sizes = [str(list(w[name].shape)) if name in w else "" for w in (whole, shards)]
+        of_layer = (one_process[layer], parallel[layer])
+        say("{:7} {:19} {:19} {:17.1e} {:9.1e}".format(layer, *sizes, *of_layer))
+    numbers = [sum(w.numel() for w in weights.values()) for weights in (whole, shards)]
     say("all     {:<19,} {:<19,} parameters".format(*numbers))
 
-    share = 2 * (world_size - 1) / world_size
+    share = 2 * (n - 1) / n
     say("all-reduce of  pass      times  payload bytes  bytes sent per rank")
     for (where, direction, payload), times in reduced.items():
         sent = times * payload * share
@@ -221,53 +234,13 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     say(f"in all {counted * share:,.0f} bytes sent per rank")
     say(f"by the formula {predicted * share:,.0f}: (4 x blocks + 2) x activations + loss")
 
-    worst, worst_alone = (torch.tensor(list(e.values())).max().item() for e in (split, alone))
-    equal = check("worst error, at most twice one process's", worst, 2 * worst_alone)
-    return check("|bytes counted - formula|", abs(counted - predicted), 0) and equal
-
-
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    worst = torch.tensor(values, dtype=torch.float64).max().item()  # NaN if any is NaN
-    say(f"check: {claim} = {worst:.3g} <= {bound:.3g}  {'ok' if worst <= bound else 'FAILED'}")
-    return worst <= bound
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "RANK" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)  # None: PyTorch chooses
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+    worst, worst_of_one = (
+        torch.tensor([*e.values()]).max().item() for e in (parallel, one_process)
+    )
+    return [
+        check("worst error, at most twice one process's", worst, 2 * worst_of_one),
+        check("|bytes counted - formula|", abs(counted - predicted), 0),
+    ]
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -277,32 +250,103 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    parser.add_argument(
-        "--batch", type=positive, default=4, help="sequences, on every rank the same"
-    )
-    parser.add_argument("--seq", type=positive, default=64, help="tokens per sequence")
-    parser.add_argument("--vocab", type=positive, default=257, help="tokens: 256 bytes and an end")
-    parser.add_argument("--width", type=positive, default=96, help="size of a token's vector")
-    parser.add_argument("--heads", type=positive, default=6, help="attention heads")
-    parser.add_argument("--head-dim", type=positive, default=16, help="size of a head's vectors")
-    parser.add_argument("--ffn", type=positive, default=384, help="hidden size of the MLP")
-    parser.add_argument("--layers", type=positive, default=2, help="transformer blocks")
+    parser.add_argument("--batch", type=int, default=4, help="sequences, on every rank the same")
+    parser.add_argument("--seq", type=int, default=64, help="tokens per sequence")
+    parser.add_argument("--vocab", type=int, default=257, help="tokens: 256 bytes and an end")
+    parser.add_argument("--width", type=int, default=96, help="size of a token's vector")
+    parser.add_argument("--heads", type=int, default=6, help="attention heads")
+    parser.add_argument("--head-dim", type=int, default=16, help="size of a head's vectors")
+    parser.add_argument("--ffn", type=int, default=384, help="hidden size of the MLP")
+    parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
     parser.add_argument("--seed", type=int, default=0, help="for weights and tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from data_parallel_from_scratch.relative_rms
+def relative_rms(error: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the error, over that of the exact values."""
+    return (error.square().mean() / exact.square().mean()).sqrt().item()
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Mixed precision under DDP: one training in fp32, bf16 and fp16, a step each in turn.
+"""Mixed precision under DDP: one training in fp32, bf16 and fp16, a few steps of each in turn.
 
     torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/amp_ddp_example.py
-    torchrun --nproc_per_node=3 chapter3-distributed-training-with-pytorch-ddp/code/amp_ddp_example.py --precision fp32 fp16 --overflow-step 4
+    torchrun --nproc_per_node=3 chapter3-distributed-training-with-pytorch-ddp/code/amp_ddp_example.py --precision fp32 fp16 --steps 8 --batch 100
 
 On GPUs:
-    torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/amp_ddp_example.py --width 1024 --layers 12 --heads 16 --context 1024 --batch 64 --steps 200
+    torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/amp_ddp_example.py --width 8192 --layers 8 --batch 65536 --steps 100 --lr 3e-4
 
 Look at the losses, which agree, and at the gradients on the wire, which are fp32 in all three: autocast
 casts the products, not the weights. Then at what one rank's overflow does to the others. Section 3.6.
@@ -17,141 +17,72 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-import torch._dynamo  # DDP's; before there is a group: section 3.8
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Products of numbers with so many significant bits are off by 2^-bits each; see section 3.6.
 BITS = {"fp32": 24, "bf16": 8, "fp16": 11}
+TURN = 4  # steps of one precision before the next one has its turn
 
 
-class Block(nn.Module):
-    """Llama's: rotary attention, then SwiGLU, each behind an RMSNorm and added to what comes in."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, hidden = heads, 8 * width // 3
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # x: [batch, seq, width]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, seq, head_dim]
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
-
-
-class ByteLM(nn.Module):
-    """A small decoder-only transformer of Llama's shape (arXiv:2302.13971) whose tokens are bytes."""
-
-    def __init__(self, width: int, layers: int, heads: int, context: int):
-        super().__init__()
-        self.embed = nn.Embedding(256, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
-        frequency = 10_000.0 ** -torch.arange(0, 1, 2 * heads / width)  # [head_dim / 2]
-        angle = torch.outer(torch.arange(context), frequency)
-        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # [batch, seq] -> [batch, seq, 256]
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, self.rotation[:, : tokens.shape[1]])
-        return self.head(self.norm(x))
-
-
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its position's angle: RoPE (arXiv:2104.09864)."""
-    (cos, sin), (a, b) = rotation, x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-class ShareOfBatch(Sampler[list[int]]):
-    """This rank's share of each global batch; the batches are the same at any world size."""
-
-    def __init__(self, samples: int, batch: int, rank: int, world_size: int, seed: int):
-        self.samples, self.batch, self.rank, self.world_size = samples, batch, rank, world_size
-        self.seed, self.epoch, self.done = seed, 0, 0
-
-    def set_epoch(self, epoch: int, done: int = 0) -> None:
-        """Choose the epoch's shuffle; `done` batches of it are skipped, for a resumed run."""
-        self.epoch, self.done = epoch, done
-
-    def __len__(self) -> int:
-        return self.samples // self.batch - self.done
-
-    def __iter__(self) -> Iterator[list[int]]:
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.samples, generator=draw)  # equal on all ranks
-        for step in range(self.done, self.samples // self.batch):
-            whole = order[step * self.batch : (step + 1) * self.batch]
-            yield whole[self.rank :: self.world_size].tolist()  # sizes may differ by one
-
-
-class Run:
+class Training:
     """One training: what a step in its precision reads and changes, and what it measured."""
 
     def __init__(self, precision: str, args: argparse.Namespace, device: torch.device):
-        self.precision, self.args, self.device = precision, args, device
-        torch.manual_seed(args.seed)
-        model = ByteLM(args.width, args.layers, args.heads, args.context).to(device)
-        self.model = DistributedDataParallel(model)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-        self.schedule = LambdaLR(self.optimizer, lambda step: rate(step, args.steps))
+        self.precision = precision
+        self.args = args
+        self.device = device
+        self.model = DistributedDataParallel(byte_mlp(args, args.seed).to(device))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         # Only fp16 needs it; switched off, all of its methods do nothing but what they wrap.
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=args.scale, growth_interval=10, enabled=precision == "fp16"
         )
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.skipped = 0
+        self.losses: list[torch.Tensor] = []  # this rank's parts of each step's
+        self.seconds: list[float] = []  # per step, one value for each turn
 
-    def train_step(self, window: torch.Tensor, overflow: bool = False) -> None:
+    def train_step(self, windows: torch.Tensor, overflow: bool = False) -> None:
         """One update from this rank's share, [share, context + 1]; `overflow` makes its loss inf."""
-        loss = self.backward(window, overflow)
+        loss = self.backward(windows, overflow)
         self.scaler.unscale_(self.optimizer)  # before clipping: the norm must be the true one
         nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)  # not where a gradient is inf or nan; then the scale falls
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scaler.get_scale() < scale:
-            self.skipped += 1
-        else:
-            self.schedule.step()
-        dist.all_reduce(loss)
-        self.losses.append(loss.item())
+        self.losses.append(loss)  # a tensor: `loss.item()` would wait for the GPU in every step
 
-    def backward(self, window: torch.Tensor, overflow: bool = False) -> torch.Tensor:
+    def backward(self, windows: torch.Tensor, overflow: bool = False) -> torch.Tensor:
         """Leave the scaled gradient of the global batch's mean loss; return this rank's part of it."""
         dtype = DTYPES[self.precision]
         # The backward pass stays outside: autograd runs each operator's in the dtype of its forward.
         with torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32"):
-            logits = self.model(window[:, :-1])
-        targets = window[:, 1:].flatten()
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
-        loss = loss / (self.args.batch * self.args.context)
+            logits = self.model(windows[:, :-1])
+        loss = F.cross_entropy(logits.float(), windows[:, -1], reduction="sum") / self.args.batch
         scaled = self.scaler.scale(loss * dist.get_world_size())  # DDP divides by it
         (scaled * math.inf if overflow else scaled).backward()
         return loss.detach()
 
-    def kept(self, window: torch.Tensor) -> tuple[int, int]:
-        """Bytes that forward keeps for backward: activations, and 16-bit copies of the weights."""
+    def unscaled_gradient(self, windows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The first gradient, flat, and the factor by which its norm falls in `unscale_`."""
+        self.backward(windows)
+        norm_before = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        self.scaler.unscale_(self.optimizer)
+        gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return gradient, (norm_before / gradient.norm()).item()
+
+    def kept_for_backward(self, windows: torch.Tensor) -> tuple[int, int, int]:
+        """Bytes of activations, of 16-bit copies of the weights, and of gradients on the wire."""
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -162,175 +93,214 @@ class Run:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.backward(window)
+            self.backward(windows)
+        wire = sum(p.grad.nbytes for p in self.model.parameters())
         self.optimizer.zero_grad()
         linear = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear)]
         copies = 0 if self.precision == "fp32" else 2 * sum(w.numel() for w in linear)
-        return sum(kept.values()) - copies, copies
+        return sum(kept.values()) - copies, copies, wire
 
-    def gradient(self) -> torch.Tensor:
-        return torch.cat([p.grad.flatten() for p in self.model.parameters()])
+    def overflow(self, windows: torch.Tensor) -> tuple[float, float]:
+        """A step in which the last rank's loss is inf: |weights moved|, and the scale's new share."""
+        before = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        scale = self.scaler.get_scale()
+        self.train_step(windows, overflow=dist.get_rank() == dist.get_world_size() - 1)
+        after = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        return (after - before).abs().max().item(), self.scaler.get_scale() / scale
 
-    def weights(self) -> torch.Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
-
-def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: five steps up, then half a cosine down to a tenth."""
-    return min((step + 1) / 5, 0.55 + 0.45 * math.cos(math.pi * max(step - 5, 0) / steps))
-
-
-def first_gradients(runs: dict[str, Run], windows: torch.Tensor) -> dict[str, float]:
-    """Relative distance of each precision's first gradient from that of one process in fp64."""
-    args, errors = next(iter(runs.values())).args, {}
-    torch.manual_seed(args.seed)
-    alone = ByteLM(args.width, args.layers, args.heads, args.context).to(windows.device).double()
-    logits = alone(windows[:, :-1])
-    F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
-    truth = torch.cat([p.grad.flatten() for p in alone.parameters()])
-    for name, run in runs.items():
-        run.backward(windows[dist.get_rank() :: dist.get_world_size()])
-        run.scaler.unscale_(run.optimizer)
-        errors[name] = ((run.gradient() - truth).norm() / truth.norm()).item()
-        run.scaler.update()
-        run.optimizer.zero_grad()
-    return errors
+    def skipped(self) -> int:
+        """Steps that moved no weight, as the optimizer counts: asked once, not in every step."""
+        return len(self.losses) - int(next(iter(self.optimizer.state.values()))["step"].item())
 
 
-def clipped_too_soon(run: Run, window: torch.Tensor) -> float:
-    """What the norm is if it is taken before unscale_, over what it is afterwards."""
-    run.backward(window)
-    before = nn.utils.get_total_norm(run.gradient())
-    run.scaler.unscale_(run.optimizer)
-    after = nn.utils.get_total_norm(run.gradient())
-    run.scaler.update()
-    run.optimizer.zero_grad()
-    return (before / after).item()
+def exact_gradient(args: argparse.Namespace, windows: torch.Tensor) -> torch.Tensor:
+    """What one process gets in fp64 from the same first weights: [weights]."""
+    model = byte_mlp(args, args.seed).to(windows.device, torch.float64)
+    loss = F.cross_entropy(model(windows[:, :-1]), windows[:, -1], reduction="sum") / args.batch
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def train(runs: dict[str, Run], windows: torch.Tensor, args: argparse.Namespace) -> list[float]:
-    """All steps, the precisions in turn; what the overflow did to fp16: |weights moved|, scale."""
-    rank, n, found = dist.get_rank(), dist.get_world_size(), []
-    sampler = ShareOfBatch(len(windows), args.batch, rank, n, args.seed)
-    loader, step = DataLoader(windows, batch_sampler=sampler), 0
-    while step < args.steps:
-        sampler.set_epoch(step // (len(windows) // args.batch))
-        for window in loader:
-            if step == args.steps:
-                break
-            step += 1
-            for name, run in runs.items():
-                overflow = name == "fp16" and step == args.overflow_step
-                before, scale = run.weights() if overflow else None, run.scaler.get_scale()
-                dist.barrier()
-                start = time.perf_counter()
-                run.train_step(window.to(run.device), overflow and rank == n - 1)
-                synchronize(run.device)
-                run.seconds.append(time.perf_counter() - start)
-                if overflow:
-                    moved = (run.weights() - before).abs().max().item()
-                    found = [moved, run.scaler.get_scale() / scale]
-    return found
+def train(trainings: dict[str, Training], data: torch.Tensor, args: argparse.Namespace) -> None:
+    """All steps, the precisions in turn; the clock stops at the end of a turn, not of a step."""
+    for first in range(0, args.steps, TURN):
+        steps = range(first, min(first + TURN, args.steps))
+        for training in trainings.values():
+            dist.barrier()
+            start = time.perf_counter()
+            for step in steps:
+                windows = draw_windows(data, args.batch, args.context, step, args.seed)
+                training.train_step(windows[dist.get_rank() :: dist.get_world_size()])
+            synchronize(training.device)
+            training.seconds.append((time.perf_counter() - start) / len(steps))
 
 
-def run_all(args: argparse.Namespace, device: torch.device) -> bool:
-    rank, n = dist.get_rank(), dist.get_world_size()
-    if args.batch < n:
-        stop(f"{n} ranks, but --batch {args.batch}: type --batch {n} or more")
-    data = read_bytes(args.data, at_least=args.batch * args.context + 1)
-    windows = data.unfold(0, args.context + 1, args.context)  # [samples, context + 1]
-    runs = {name: Run(name, args, device) for name in args.precision}
-    whole = windows[: args.batch].to(device)
-    share = whole[rank::n]
-    errors = first_gradients(runs, whole)
-    kept = {name: run.kept(share) for name, run in runs.items()}
-    early = clipped_too_soon(runs["fp16"], share) if "fp16" in runs else None
-    scale = runs["fp16"].scaler.get_scale() if "fp16" in runs else 1
-    found = train(runs, windows, args)
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, small enough for a processor that emulates the dtype."""
+    size = 256 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])
 
-    say(f"{n} rank{'s' * (n > 1)} on {device.type}: {args.steps} steps in each precision, in turn")
-    if device.type == "cpu":
-        units = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported()}
-        units |= {"AMX": torch.cpu._is_amx_tile_supported()}
-        said = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in units.items())
-        say(f"16-bit matrix units: {said}")
-    say(f"{'':<6}{'tokens/s':>9}{'quartiles':>18}{'MiB kept':>10}{'+ copies':>10}{'on the wire':>13}"
-        f"{'gradient off':>14}{'skipped':>9}{'loss':>7}")  # fmt: skip
-    tokens = args.batch * args.context
-    for name, run in runs.items():
-        low, middle, high = statistics.quantiles(run.seconds[2:], n=4)
-        between = f"{tokens / high:,.0f} .. {tokens / low:,.0f}"
-        wire = sum(p.nbytes for p in run.model.parameters())  # a gradient has its weight's dtype
-        activations, copies, sent = (size / 2**20 for size in (*kept[name], wire))
-        mib = f"{activations:>10.2f}{copies:>10.2f}{sent:>13.2f}"
-        say(f"{name:<6}{tokens / middle:>9,.0f}{between:>18}{mib}"
-            f"{errors[name]:>14.2g}{run.skipped:>9}{tail(run):>7.3f}")  # fmt: skip
-    held = []
-    for name, error in errors.items():
-        claim, units = (
-            f"{name}: first gradient's error, in units of 2^-{BITS[name]}",
-            2 ** BITS[name],
-        )
-        held.append(check(claim, error * units, 8))
-        if name != "fp32":  # or nothing was computed in 16 bits
-            held.append(check(claim, error * units, 0.02, at_least=True))
-    for name, run in runs.items():
-        if name != "fp32" and "fp32" in runs:
-            apart = abs(tail(run) - tail(runs["fp32"]))
-            allowed = 0.05 + 0.1 * run.skipped  # an update fewer is behind
-            held.append(check(f"{name}: |loss - fp32's|, mean of the last five", apart, allowed))
-            less = kept[name][0] / kept["fp32"][0]
-            held.append(check(f"{name}: activations kept, of fp32's", less, 0.9))
-        weights = run.weights()
-        rank_0s = weights.clone()
-        dist.broadcast(rank_0s, src=0)
-        spread = (weights - rank_0s).abs().max().item()
-        held.append(check(f"{name}: spread of weights over ranks", spread, 0))
-    if early is not None:
-        off = abs(early / scale - 1)
-        held.append(check(f"fp16: norm before unscale_ is {scale:g} times, off by", off, 1e-3))
-    if found:
-        moved, fell = found
-        say(
-            f"overflow on rank {n - 1} in step {args.overflow_step}: the scale is {fell:g} of what it was"
-        )
-        held.append(check("fp16: weights moved by that step, on any rank", moved, 0))
-        held.append(check("fp16: scale after it, of before, on any rank", fell, 0.5))
-        held.append(
-            check("fp16: steps skipped, and overflows, differ by", abs(runs["fp16"].skipped - 1), 0)
-        )
+
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    rank = dist.get_rank()
+    n = dist.get_world_size()
+    data = read_bytes(args.data, at_least=20 * args.context).to(device)
+    trainings = {name: Training(name, args, device) for name in args.precision}
+    few = draw_windows(data, 64, args.context, 0, args.seed)  # fp64 is slow and large
+    truth = exact_gradient(args, few)
+    share = draw_windows(data, args.batch, args.context, 0, args.seed)[rank::n]
+    errors, factors, kept = {}, {}, {}
+    for name, training in trainings.items():
+        gradient, factors[name] = training.unscaled_gradient(few[rank::n])
+        errors[name] = ((gradient - truth).norm() / truth.norm()).item()
+        kept[name] = training.kept_for_backward(share)
+    train(trainings, data, args)
+    losses = {}
+    for name, training in trainings.items():
+        last = torch.stack(training.losses[-5:]).mean()  # one step's is noisy
+        dist.all_reduce(last)
+        losses[name] = last.item()
+    if "fp16" in trainings:
+        moved, fell = trainings["fp16"].overflow(share)
+
+    say(f"{n} rank{'s' * (n > 1)} on {device.type}: {args.steps} steps in each precision, one seed")
+    products = (f"{name} {product_rate(device, DTYPES[name]) / 1e9:,.1f}" for name in trainings)
+    say(f"GFLOP/s of a product on one rank: {', '.join(products)}")
+    say(f"{'':<6}{'windows/s':>9}{'quartiles':>18}{'MiB kept':>10}{'+ copies':>10}{'on the wire':>13}"
+        f"{'gradient error':>16}{'skipped':>9}{'loss':>7}")  # fmt: skip
+    for name, training in trainings.items():
+        rates = [args.batch / seconds for seconds in training.seconds[1:] or training.seconds]
+        low, median, high = quartiles(rates)  # the first turn warms up
+        spread = f"{low:,.0f} .. {high:,.0f}"
+        activations, copies, wire = (size / 2**20 for size in kept[name])
+        say(f"{name:<6}{median:>9,.0f}{spread:>18}{activations:>10.2f}{copies:>10.2f}{wire:>13.2f}"
+            f"{errors[name]:>16.2g}{training.skipped():>9}{losses[name]:>7.3f}")  # fmt: skip
     if args.json and rank == 0:
-        record = {name: {"losses": r.losses, "seconds": r.seconds} for name, r in runs.items()}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    return all(held)
+        rows = {name: {"loss": losses[name], "seconds": t.seconds} for name, t in trainings.items()}
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+    claims = []
+    for name, training in trainings.items():
+        claim = f"{name}: first gradient's error, in units of 2^-{BITS[name]}"
+        claims.append(check(claim, errors[name] * 2 ** BITS[name], 32))
+        spread = max_spread(training.model)
+        claims.append(check(f"{name}: spread of weights over ranks", spread, 0))
+        if name != "fp32" and "fp32" in trainings:
+            difference = abs(losses[name] - losses["fp32"])
+            claims.append(check(f"{name}: |loss - fp32's|, last five steps", difference, 0.1))
+            activations = kept[name][0] / kept["fp32"][0]
+            claims.append(check(f"{name}: activations kept, of fp32's", activations, 0.9))
+    if "fp16" in trainings:
+        factor = abs(factors["fp16"] / args.scale - 1)
+        say(f"overflow on rank {n - 1}: the scale is {fell:g} of what it was")
+        claims += [
+            check("fp16: norm before unscale_ is the scale too large, off by", factor, 1e-3),
+            check("fp16: weights moved by the overflow, on any rank", moved, 0),
+            check("fp16: scale after it, of before, on any rank", fell, 0.5),
+        ]
+    return claims
 
 
-def tail(run: Run) -> float:
-    """Mean loss of the last five steps: one step's is noisy."""
-    return statistics.mean(run.losses[-5:])
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, default="resources/corpus.txt", help="text to learn, as bytes")
+    add("--precision", choices=DTYPES, nargs="+", default=[*DTYPES], help="which; default: all")
+    add("--steps", type=int, default=24, help="optimizer steps in each precision")
+    add("--scale", type=float, default=2.0**14, help="factor that fp16's loss begins with")
+    add("--batch", type=int, default=512, help="windows per step, all ranks together")
+    add("--context", type=int, default=8, help="bytes that predict the next")
+    add("--width", type=int, default=128, help="of the hidden layers")
+    add("--layers", type=int, default=3, help="hidden layers after the first")
+    add("--lr", type=float, default=3e-3, help="AdamW's learning rate")
+    add("--clip", type=float, default=1.0, help="largest norm of a gradient")
+    add("--seed", type=int, default=0, help="for weights and batches")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--json", type=Path, help="also write losses and seconds to this file")
+    return parser.parse_args()
 
 
-def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; every rank gets the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    worst = min(values) if at_least else max(values)
-    held = all(v >= bound if at_least else v <= bound for v in values)  # false for NaN
-    sign, verdict = ">=" if at_least else "<=", "ok" if held else "FAILED"
-    say(f"check: {claim} = {worst:.3g} {sign} {bound:.3g}  {verdict}")
-    return held
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
 
 
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
+def main() -> None:
+    args = parse_args()
+    device = join_group(args.device)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
 
 
+# Copied from ch01_multi_gpu_ddp.max_spread
+def max_spread(model: nn.Module) -> float:
+    """Largest difference between any two ranks' copies of any weight."""
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    low, high = flat.clone(), flat.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    return (high - low + 0 * flat).max().item()  # 0 * flat: MIN and MAX on gloo drop a NaN
+
+
+# Copied from ddp_comm_hooks.byte_mlp
+def byte_mlp(args: argparse.Namespace, seed: int) -> nn.Sequential:
+    """Scores the byte that comes after `context` bytes: [batch, context] -> [batch, 256]."""
+    torch.manual_seed(seed)
+    layers = [nn.Embedding(256, 16), nn.Flatten(), nn.Linear(16 * args.context, args.width)]
+    for _ in range(args.layers):
+        layers += [nn.LayerNorm(args.width), nn.GELU(), nn.Linear(args.width, args.width)]
+    return nn.Sequential(*layers, nn.GELU(), nn.Linear(args.width, 256))
+
+
+# Copied from ddp_comm_hooks.draw_windows
+def draw_windows(
+    data: torch.Tensor, batch: int, context: int, step: int, seed: int
+) -> torch.Tensor:
+    """A step's windows of text, the same on all ranks: [batch, context + 1]."""
+    draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    starts = torch.randint(len(data) - context, (batch, 1), generator=draw)
+    return data[starts + torch.arange(context + 1)]
+
+
+# Copied from ch01_single_gpu_baseline.read_bytes
 def read_bytes(path: Path, at_least: int) -> torch.Tensor:
     """The file's bytes as integers from 0 to 255: [bytes]."""
     try:
@@ -342,86 +312,54 @@ def read_bytes(path: Path, at_least: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
+# Copied from ch01_single_gpu_baseline.synchronize
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+# Copied from ch01_single_gpu_baseline.quartiles
+def quartiles(values: list[float]) -> list[float]:
+    """First quartile, median and third quartile."""
+    return torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
     else:
-        torch.accelerator.set_device_index(local_rank)
-        device = torch.device(device.type, local_rank)
-    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
-    dist.init_process_group(backend, device_id=bound)
-    dist.barrier()  # all are here, before one may leave for what it is given
-    return device
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
 
 
-def stop(message: str) -> None:
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
     sys.stderr.write(message + "\n")  # in one piece: other ranks write too
     sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    chapter = Path(__file__).resolve().parents[1]
-    add = parser.add_argument
-    add("--data", type=Path, default=chapter / "main.md", help="text; default: the chapter")
-    add("--precision", choices=DTYPES, nargs="+", default=[*DTYPES], help="which; default: all")
-    add("--steps", type=positive, default=24, help="optimizer steps in each precision")
-    add("--overflow-step", type=int, default=12, help="fp16: the last rank's is inf; 0: none")
-    add("--scale", type=above_zero, default=2.0**14, help="factor that fp16's loss begins with")
-    add("--batch", type=positive, default=12, help="windows per step, all ranks together")
-    add("--context", type=positive, default=64, help="bytes per window")
-    add("--width", type=positive, default=128, help="size of a token's vector")
-    add("--layers", type=positive, default=2, help="transformer blocks")
-    add("--heads", type=positive, default=4, help="attention heads; 2 x heads divides --width")
-    add("--lr", type=above_zero, default=3e-3, help="AdamW's peak learning rate")
-    add("--clip", type=float, default=1.0, help="largest norm of a gradient")
-    add("--seed", type=int, default=0, help="for weights and shuffling")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--json", type=Path, help="also write losses and seconds to this file")
-    args = parser.parse_args()
-    if args.width % (2 * args.heads):
-        stop(f"--width {args.width} is no multiple of 2 x --heads {args.heads}")
-    if args.steps < 5:
-        stop(f"--steps {args.steps}: type --steps 5 or more")
-    if args.json and not args.json.parent.is_dir():
-        stop(f"--json {args.json}: there is no folder {args.json.parent}")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    device = join_group(args.device)
-    try:
-        held = run_all(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
 
 
 if __name__ == "__main__":

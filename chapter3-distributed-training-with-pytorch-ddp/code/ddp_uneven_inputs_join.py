@@ -22,22 +22,26 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
-import torch._dynamo  # DDP's; before there is a group: section 3.8
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WIDTH, HIDDEN = 16, 64
+WIDTH = 16
+HIDDEN = 64
 BUCKETS = 2  # for a bucket is full at one weight matrix of float64:
 DDP = partial(DistributedDataParallel, bucket_cap_mb=WIDTH * HIDDEN * 8 / 2**20)
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-INITIAL, THROW = "divide_by_initial_world_size", "throw_on_early_termination"  # Join's options
+INITIAL = "divide_by_initial_world_size"  # options of Join
+THROW = "throw_on_early_termination"
 Rows = torch.Tensor  # a rank's batch: [rows, WIDTH]
 
 
@@ -120,7 +124,8 @@ def one_process(start: nn.Module, steps: list[list[Rows]], loss: Callable) -> nn
 
 def draw_steps(args: argparse.Namespace, device: torch.device) -> list[list[Rows]]:
     """Each step's batches by rank, of 2 to 4 rows; rank 1 has one step fewer, those behind two."""
-    draw, steps = torch.Generator().manual_seed(args.seed), []
+    draw = torch.Generator().manual_seed(args.seed)
+    steps = []
     for step in range(args.steps):
         present = [r for r in range(dist.get_world_size()) if step < args.steps - min(r, 2)]
         shapes = [(2 + (step + 2 * r) % 3, WIDTH) for r in present]
@@ -135,7 +140,8 @@ def hang(
     """No Join: is this rank stuck, for how many seconds, its error; collectives of a step before."""
     # NCCL's watchdog ends the process at its timeout; gloo raises an error that can be caught.
     doomed = dist.new_group(backend="gloo")  # with the long timeout, for ranks that come late
-    model, batches = DDP(deepcopy(start).cpu(), process_group=doomed), [b.cpu() for b in batches]
+    model = DDP(deepcopy(start).cpu(), process_group=doomed)
+    batches = [rows.cpu() for rows in batches]
     optimizer = SGD(model.parameters())
     plain(model, optimizer, batches[: shortest - 1])
     with Traffic() as traffic:
@@ -165,40 +171,43 @@ class Traffic(TorchDispatchMode):
 
 @dataclass
 class Outcome:
-    """What a way did; `error` and `apart` are the worst rank's."""
+    """What a way did; `error` and `spread` are the worst rank's."""
 
     collectives: list[int]  # of each step
     after: int  # in one ordinary step more
     error: float  # of the weights, from one process's
-    apart: float  # the weights, from rank 0's, after the step more
-    said: list[str]  # what each rank raised
+    spread: float  # of the weights from rank 0's, after the step more
+    messages: list[str]  # what each rank raised
 
 
-def try_out(way: Way, start: nn.Module, batches: list[Rows], truth: nn.Module) -> Outcome:
-    model, ends, said = DDP(deepcopy(start)), [0], ""
+def try_out(way: Way, start: nn.Module, batches: list[Rows], reference: nn.Module) -> Outcome:
+    model = DDP(deepcopy(start))
     optimizer = SGD(model.parameters())
+    ends = [0]  # of each step: the collectives so far
+    message = ""
     with Traffic() as traffic:
         optimizer.register_step_post_hook(lambda *_: ends.append(traffic.count))
         try:
             way.train(model, optimizer, batches, **way.options)
-        except RuntimeError as error:
-            said = str(error)
-        error, before = difference(model.module, truth), traffic.count
+        except RuntimeError as raised:
+            message = str(raised)
+        error = difference(model.module, reference)
+        before = traffic.count
         plain(model, optimizer, batches[:1])
         after = traffic.count - before
     rank_0s = deepcopy(model.module)
     for p in rank_0s.parameters():
         dist.broadcast(p.detach(), src=0)
-    mine = error, difference(model.module, rank_0s), said
-    errors, spreads, complaints = zip(*of_all_ranks(mine), strict=True)
+    found = error, difference(model.module, rank_0s), message
+    errors, spreads, messages = zip(*of_all_ranks(found), strict=True)
     counts = [b - a for a, b in pairwise(ends[:-1])]
-    return Outcome(counts, after, max(errors), max(spreads), complaints)
+    return Outcome(counts, after, max(errors), max(spreads), messages)
 
 
-def difference(mine: nn.Module, truth: nn.Module) -> float:
-    """max |mine - truth| / max |truth| of the weights."""
-    a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (mine, truth))
-    return ((a - b).abs().max() / b.abs().max()).item()
+def difference(model: nn.Module, reference: nn.Module) -> float:
+    """max |model - reference| / max |reference| of the weights; infinite if one is NaN."""
+    a, b = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, reference))
+    return ((a - b).abs().max() / b.abs().max()).nan_to_num(torch.inf).item()
 
 
 def of_all_ranks(value: object) -> list:
@@ -207,132 +216,150 @@ def of_all_ranks(value: object) -> list:
     return values
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    n, rank = dist.get_world_size(), dist.get_rank()
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    n = dist.get_world_size()
+    rank = dist.get_rank()
     if n == 1:
         stop(f"needs two ranks: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
     steps = draw_steps(args, device)
-    mine = [batches[rank] for batches in steps if rank < len(batches)]
+    share = [batches[rank] for batches in steps if rank < len(batches)]
     together = [batches for batches in steps if len(batches) == n]  # before any rank is done
     torch.manual_seed(args.seed)
     layers = (nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
     start = nn.Sequential(*layers).to(device, torch.float64)
 
-    lengths = of_all_ranks(len(mine))
+    lengths = of_all_ranks(len(share))
     say(f"{n} ranks on {device.type}; batches by rank: {', '.join(map(str, lengths))}")
-    caught = of_all_ranks(hang(start, mine, len(together), args.timeout))
+    caught = of_all_ranks(hang(start, share, len(together), args.timeout))
     stuck, seconds, errors, counts_before = zip(*caught, strict=True)
-    say(f"{'':<18}{'':<8}{'':>5}{'collectives a step':>24}{'error of':>10}{'apart a':>12}")
+    say(f"{'':<18}{'':<8}{'':>5}{'collectives a step':>24}{'error of':>10}{'spread a':>12}")
     heads = f"{'ends?':<8}{'steps':>5}{'predicted':>11}{'seen':>6}{'after':>7}"
     say(f"{'':<18}{heads}{'weights':>10}{'step later':>12}")
     row = f"{'no Join':<18}{'hangs' if any(stuck) else 'yes':<8}{len(together):>5}"
     say(f"{row}{BUCKETS:>11}{counts_before[0]:>6}")
     outcomes = []
+    miscounted = abs(counts_before[0] - BUCKETS)
+    wrong = 0  # ranks that raise and should not, or the reverse
     for way in WAYS:
-        truth = one_process(start, together if THROW in way.options else steps, way.loss)
-        outcomes.append(outcome := try_out(way, start, mine, truth))
-        ends, counts = "raises" if outcome.said[0] else "yes", outcome.collectives
+        reference = one_process(start, together if THROW in way.options else steps, way.loss)
+        outcome = try_out(way, start, share, reference)
+        outcomes.append(outcome)
+        counts = outcome.collectives
+        ends = "raises" if outcome.messages[0] else "yes"
         row = f"{way.name:<18}{ends:<8}{len(counts):>5}{way.collectives:>11}{counts[-1]:>6}"
-        say(f"{row}{outcome.after:>7}{outcome.error:>10.2g}{outcome.apart:>12.2g}")
+        say(f"{row}{outcome.after:>7}{outcome.error:>10.2g}{outcome.spread:>12.2g}")
+        # In step 2 DDP regroups its buckets.
+        miscounted = max(miscounted, *(abs(count - way.collectives) for count in counts[2:]))
+        wrong += sum(bool(message) != (THROW in way.options) for message in outcome.messages)
     join, _, throwing, empty = outcomes
     say(
         f"no Join: {sum(stuck)} of {n} ranks wait; after {max(seconds):.1f} s gloo says: {max(errors)}"
     )
-    say(f"throwing, rank 0: {throwing.said[0]}")
-    say(f"throwing, rank {n - 1}: {throwing.said[-1]}")
-
+    say(f"throwing, rank 0: {throwing.messages[0]}")
+    say(f"throwing, rank {n - 1}: {throwing.messages[-1]}")
     longer = sum(length > len(together) for length in lengths)
-    claims = [check("no Join: ranks that wait, of those that could", sum(stuck) / longer, 1, True)]
-    off, wrong = abs(counts_before[0] - BUCKETS), 0
-    for way, outcome in zip(WAYS, outcomes, strict=True):
-        claims.append(check(f"{way.name}: weights, off one process's", outcome.error, 1e-12))
-        counts = outcome.collectives[2:]  # in step 2 DDP regroups its buckets
-        off = max(off, *(abs(count - way.collectives) for count in counts))
-        wrong += sum(bool(said) != (THROW in way.options) for said in outcome.said)
-    claims += [
-        check("collectives of a step, off the prediction", off, 0),
+    worst = max(outcome.error for outcome in outcomes)
+    return [
+        check("no Join: ranks that have more batches and do not hang", longer - sum(stuck), 0),
+        check("each way: weights' difference from its one process", worst, 1e-12),
+        check("collectives of a step, predicted or not", miscounted, 0),
         check("ranks that should raise and do not, or the reverse", wrong, 0),
-        check("Join: weights apart a step later", join.apart, 1e-6, at_least=True),
-        check("empty shares: weights apart a step later", empty.apart, 0),
+        check("Join: spread of the weights a step later", join.spread, 1e-6, at_least=True),
+        check("empty shares: spread of the weights a step later", empty.spread, 0),
     ]
-    return all(claims)
-
-
-def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; every rank gets the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    worst = min(values) if at_least else max(values)
-    held = all(v >= bound if at_least else v <= bound for v in values)  # false for NaN
-    sign, verdict = ">=" if at_least else "<=", "ok" if held else "FAILED"
-    say(f"check: {claim} = {worst:.3g} {sign} {bound:.3g}  {verdict}")
-    return held
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-        device = torch.device(device.type, local_rank)
-    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
-    dist.init_process_group(backend, device_id=bound)
-    dist.barrier()  # all are here, before one may leave for what it is given
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    parser.add_argument("--steps", type=positive, default=6, help="batches of rank 0; 5 or more")
+    parser.add_argument("--steps", type=int, default=6, help="batches of rank 0; 5 or more")
     parser.add_argument("--timeout", type=float, default=1.0, help="seconds until the hang ends")
     parser.add_argument("--seed", type=int, default=0, help="for data and weights")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     if args.steps < 5:
         stop(f"--steps {args.steps} is too few to see a steady step: type 5 or more")
-    if not 0.1 <= args.timeout < 1e6:
-        stop(f"--timeout {args.timeout} is no number of seconds from 0.1 up")
     return args
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

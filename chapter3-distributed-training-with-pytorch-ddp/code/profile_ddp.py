@@ -1,11 +1,10 @@
 """Where does a step of DDP go? Every rank's trace, merged on one clock, and read: who waits for whom?
 
     torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py
-    torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --straggler 1 60
-    torchrun --nproc_per_node=3 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --straggler 0 40 --layers 1 --width 64 --batch 2
+    torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --straggler 1 60 --plot chapter3-distributed-training-with-pytorch-ddp/figures/profile_ddp.svg
 
 On GPUs:
-    torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --width 1024 --layers 12 --heads 16 --context 1024 --batch 32
+    torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/profile_ddp.py --width 1024 --layers 12 --context 1024 --batch 32
 
 With a straggler, look at where the lost time shows: idle on the one that is late, exposed
 communication on all the others. Then open merged.json.gz in ui.perfetto.dev: a process per rank.
@@ -16,78 +15,31 @@ import argparse
 import gzip
 import json
 import os
-import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any, NoReturn
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler says when it starts and stops
 import torch
-import torch._dynamo  # DDP's; before there is a group: section 3.8
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import profile, record_function, schedule
+from torch.profiler import profile, record_function
 
-COLORS = {"#5e3c99": "computes", "#fdb863": "all-reduce, hidden", "#e66101": "all-reduce, exposed"}
-# gloo's thread ends its record of an all-reduce a moment after the main thread has gone on with
-# the sum: time for the last one, before the profiler stops.
-SETTLE_S = 0.3
+ROWS = (  # of the figure: color, place above the rank's, label
+    ("#5e3c99", -0.38, "computes"),
+    ("#fdb863", 0.02, "all-reduce, hidden"),
+    ("#e66101", 0.02, "all-reduce, exposed"),
+)
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # what a trace says that a GPU does
-PARTS = ("compute", "hidden", "exposed", "waiting")
-ROW = "{:>5}{:>5} |{:>7}{:>9}{:>8}{:>9}{:>9}{:>7} |{:>9}{:>9}{:>7}"
+PARTS = ("step", "compute", "hidden", "exposed", "waiting", "idle")
 Spans = list[tuple[int, int]]  # (begin, end) in ns
 Timeline = dict[str, Spans]  # a rank's steps, its computation, and its all-reduces in their order
-
-
-class Block(nn.Module):
-    """Llama's: rotary attention, then SwiGLU, each behind an RMSNorm and added to what comes in."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads, hidden = heads, 8 * width // 3
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # x: [batch, seq, width]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, seq, head_dim]
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
-
-
-class ByteLM(nn.Module):
-    """A small decoder-only transformer of Llama's shape (arXiv:2302.13971) whose tokens are bytes."""
-
-    def __init__(self, width: int, layers: int, heads: int, context: int, dropout: float = 0.0):
-        super().__init__()
-        self.embed = nn.Embedding(256, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
-        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
-        frequency = 10_000.0 ** -torch.arange(0, 1, 2 * heads / width)  # [head_dim / 2]
-        angle = torch.outer(torch.arange(context), frequency)
-        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # [batch, seq] -> [batch, seq, 256]
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, self.rotation[:, : tokens.shape[1]])
-        return self.head(self.norm(x))
-
-
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its position's angle: RoPE (arXiv:2104.09864)."""
-    (cos, sin), (a, b) = rotation, x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def union(spans: Spans) -> Spans:
@@ -101,16 +53,9 @@ def union(spans: Spans) -> Spans:
     return joined
 
 
-def overlap(a: Spans, b: Spans) -> int:
-    """Time that is both in a span of `a` and in one of `b`; each list sorted and disjoint."""
-    i = j = total = 0
-    while i < len(a) and j < len(b):
-        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
+def clip(spans: Spans, begin: int, end: int) -> Spans:
+    """The part of the spans from begin to end, in order, and none of it twice."""
+    return union([(max(a, begin), min(b, end)) for a, b in spans if a < end and b > begin])
 
 
 def gaps(spans: Spans, begin: int, end: int) -> Spans:
@@ -119,17 +64,20 @@ def gaps(spans: Spans, begin: int, end: int) -> Spans:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
-def timeline(events: list[dict], device: torch.device) -> Timeline:
+def length(spans: Spans) -> int:
+    return sum(end - begin for begin, end in spans)
+
+
+def read_timeline(events: list[dict], device: torch.device) -> Timeline:
     """Read a trace. On a CPU, computation is an operator of the main thread, and an all-reduce goes
     on from its call there until gloo's thread is done with it. On a GPU, both are its own work.
     """
     timed = sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"])
-    notes = (e for e in timed if e["cat"] == "user_annotation")
-    steps = [e for e in notes if e["name"].startswith("ProfilerStep#")][:-1]  # the last one rests
+    steps = [e for e in timed if e["name"] == "step" and e["cat"] == "user_annotation"]
     if device.type == "cpu":
         calls = [span(e)[0] for e in timed if e["name"] == "c10d::allreduce_"]
         ends = [span(e)[1] for e in timed if e["name"] == "gloo:all_reduce"]
-        sends = list(zip(calls, ends, strict=True))
+        sends = list(zip(calls, ends, strict=True))  # gloo takes them up in the order of the calls
         works = [span(e) for e in timed if e["cat"] == "cpu_op" and e["tid"] == steps[0]["tid"]]
     else:
         kernels = [(span(e), "nccl" in e["name"].lower()) for e in timed if e["cat"] in GPU_WORK]
@@ -154,23 +102,22 @@ def account(ranks: list[Timeline]) -> list[list[dict]]:
         for call in calls:
             waits[call.index(max(call))].append((call[r], max(call)))
         for row, step in zip(table, rank["steps"], strict=True):
-            core, link = clip(rank["works"], *step), clip(rank["sends"], *step)
-            free = gaps(core, *step)
-            part = {"step": step[1] - step[0], "compute": length(core)}
-            part |= {"hidden": overlap(link, core), "exposed": overlap(link, free)}
-            part |= {"waits": [overlap(clip(wait, *step), free) for wait in waits]}
-            part |= {"waiting": sum(part["waits"])}
-            row.append(part | {"idle": length(gaps(union(core + link), *step))})
+            computes = clip(rank["works"], *step)
+            communicates = clip(rank["sends"], *step)
+            free = gaps(computes, *step)
+            waited = [overlap(clip(wait, *step), free) for wait in waits]
+            row.append(
+                {
+                    "step": step[1] - step[0],
+                    "compute": length(computes),
+                    "hidden": overlap(communicates, computes),
+                    "exposed": overlap(communicates, free),
+                    "waiting": sum(waited),
+                    "idle": length(gaps(union(computes + communicates), *step)),
+                    "waits": waited,
+                }
+            )
     return table
-
-
-def clip(spans: Spans, begin: int, end: int) -> Spans:
-    """The part of the spans from begin to end, in order, and none of it twice."""
-    return union([(max(a, begin), min(b, end)) for a, b in spans if a < end and b > begin])
-
-
-def length(spans: Spans) -> int:
-    return sum(end - begin for begin, end in spans)
 
 
 def clock_offset(group: dist.ProcessGroup, rounds: int = 100) -> tuple[int, int]:
@@ -180,7 +127,8 @@ def clock_offset(group: dist.ProcessGroup, rounds: int = 100) -> tuple[int, int]
     the middle of the two is wrong by half the round trip at most; the fastest trip counts
     (Cristian, Probabilistic clock synchronization, 1989).
     """
-    rank, ping = dist.get_rank(), torch.zeros(1, dtype=torch.int64)
+    rank = dist.get_rank()
+    ping = torch.zeros(1, dtype=torch.int64)
     trips = [(0, 0)] if rank == 0 else []
     for other in range(1, dist.get_world_size()):
         for _ in range(rounds if rank in (0, other) else 0):
@@ -221,35 +169,22 @@ def aligned(trace: dict, rank: int, shift: int) -> list[dict]:
     return events
 
 
-def faults(path: Path, ranks: int) -> int:
-    """What a reader of the trace event format would stumble over in a file."""
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    bad = sum(not {"ph", "ts", "pid", "tid", "name"} <= event.keys() for event in events)
-    bad += sum(event.get("dur", -1) < 0 for event in events if event["ph"] == "X")
-    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    rows = {*range(ranks), *(event["pid"] for event in events)}
-    return bad + sum(names.get(r) != f"rank {r}" for r in rows)
-
-
-def train(args: argparse.Namespace, device: torch.device) -> dict:
-    """Cycles of plain, warm-up and recorded steps of one training; a rank's trace of the last."""
-    rank, data = dist.get_rank(), read_bytes(args.data, at_least=20 * args.context)
+def training_step(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """A model's next step, named in its parts for the trace; the straggler's data come late."""
     torch.manual_seed(args.seed)
-    model = ByteLM(args.width, args.layers, args.heads, args.context).to(device)
-    model = DistributedDataParallel(model)
-    model.broadcast_buffers = False  # by default, each forward sends them: here, a constant
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    draw = torch.Generator().manual_seed(args.seed * 1_000_003 + rank)
+    sizes = (args.width, 4, 4 * args.width, 0.0)  # model, heads, feed-forward, dropout
+    layers = (nn.TransformerEncoderLayer(*sizes, batch_first=True) for _ in range(args.layers))
+    model = DistributedDataParallel(nn.Sequential(*layers).to(device))
+    optimizer = torch.optim.AdamW(model.parameters())
+    rank = dist.get_rank()
 
     def step() -> None:
         with record_function("data"):
             if args.straggler and args.straggler[0] == rank:
                 time.sleep(args.straggler[1] / 1e3)
-            starts = torch.randint(len(data) - args.context, (args.batch, 1), generator=draw)
-            windows = data[starts + torch.arange(args.context + 1)].to(device)
+            batch = torch.randn(args.batch, args.context, args.width, device=device)
         with record_function("forward"):
-            logits = model(windows[:, :-1])  # [batch, seq, 256]
-            loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+            loss = model(batch).square().mean()
         with record_function("backward"):
             loss.backward()
         with record_function("optimizer"):
@@ -257,119 +192,111 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
             optimizer.zero_grad()
             synchronize(device)  # so that a GPU's kernels end inside their step
 
-    for _ in range(3):  # cold; and DDP forms its buckets anew after the first step
-        step()
-    cycle = ["plain"] * args.steps + ["warm-up"] + ["recorded"] * args.steps
-    seconds, begun = {kind: [] for kind in cycle}, []
-    plan = schedule(wait=args.steps, warmup=1, active=args.steps + 1)
-    for _ in range(args.cycles):  # so that steps with and without take turns
-        dist.barrier()
-        with profile(schedule=plan) as profiler:
-            for kind in cycle:
-                begun.append(now())
-                start = time.perf_counter()
-                step()
-                seconds[kind].append(time.perf_counter() - start)
-                profiler.step()
-            time.sleep(SETTLE_S)
-    path = args.out / f"rank{rank}.json.gz"
-    profiler.export_chrome_trace(str(path))
-    trace = json.loads(gzip.decompress(path.read_bytes()))
-    return {"trace": trace, "seconds": seconds, "begun": begun[-args.steps :]}
+    return step
 
 
 def report(table: list[list[dict]]) -> list[float]:
     """Print the table; for each rank, the ms per step that each of the others waits for it."""
-    waited = [0.0] * len(table[0])
     say(f"{'':>10} | {'ms':<47} | % of the step")
-    say(ROW.format("step", "rank", "step", *PARTS, "idle", "compute", "exposed", "idle"))
-    for number, row in enumerate(table):
-        for rank, part in enumerate(row):
-            ms = [f"{part[key] / 1e6:.1f}" for key in ("step", *PARTS, "idle")]
+    row = "{:>5}{:>5} |{:>7}{:>9}{:>8}{:>9}{:>9}{:>7} |{:>9}{:>9}{:>7}"
+    say(row.format("step", "rank", *PARTS, "compute", "exposed", "idle"))
+    for number, ranks in enumerate(table):
+        for rank, part in enumerate(ranks):
+            ms = [f"{part[key] / 1e6:.1f}" for key in PARTS]
             shares = [f"{part[key] / part['step']:.1%}" for key in ("compute", "exposed", "idle")]
-            say(ROW.format(number, rank, *ms, *shares))
-            for late, ns in enumerate(part["waits"]):
-                waited[late] += ns / 1e6 / len(table) / max(1, len(row) - 1)
-    return waited
+            say(row.format(number, rank, *ms, *shares))
+    others = max(1, len(table[0]) - 1)
+    waits = torch.tensor([[part["waits"] for part in ranks] for ranks in table]) / 1e6
+    return (waits.sum(1).mean(0) / others).tolist()  # [steps, ranks, late rank] -> [late rank]
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    rank, n = dist.get_rank(), dist.get_world_size()
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
+    if args.straggler and args.straggler[0] not in range(world_size):
+        stop(f"--straggler {args.straggler[0]:g}: type a rank below {world_size}")
+    args.out.mkdir(parents=True, exist_ok=True)
     group = dist.new_group(backend="gloo")  # for pings and events, whatever the training uses
-    say(f"{n} rank{'s' * (n > 1)} on {device.type}: {args.steps} steps recorded on each")
-    found = train(args, device)
-    ahead, doubt = clock_offset(group)
-    bases = [0] * n
-    dist.all_gather_object(bases, found["trace"]["baseTimeNanoseconds"], group)
-    shift = bases[rank] - bases[0] - (ahead if abs(ahead) > doubt else 0)  # else it is noise
-    events = aligned(found["trace"], rank, shift)
-    own = timeline(events, device)
-    ranks, traces = [own] * n, [events] * n if rank == 0 else None
-    dist.all_gather_object(ranks, own, group)
-    dist.gather_object(events, traces, 0, group)
-    shapes = {(len(r["steps"]), len(r["sends"])) for r in ranks}
-    same = "ranks whose trace has other steps or all-reduces", len(shapes) - 1, 0
-    if len(shapes) > 1:
-        return check(*same)  # no table could be made of that
-    table = account(ranks)
-    waited = report(table)
-    late = max(range(n), key=lambda r: waited[r])
-    others = "each of the others waits" if n > 1 else "nobody waits"
-    say(f"late          rank {late}: {others} {waited[late]:.1f} ms per step for it")
-    plain, watched = (statistics.median(found["seconds"][k]) * 1e3 for k in ("plain", "recorded"))
-    cost = f"{watched:.1f} ms with it, {plain:.1f} ms without"
-    say(f"profiler      a step takes {cost}: {watched / plain - 1:+.0%}, medians")
-    clocks = [(0, 0)] * n
-    dist.all_gather_object(clocks, (ahead, doubt), group)
-    apart, unsure = max(clocks, key=lambda clock: abs(clock[0]))
-    doubts = f"by pings that may be {unsure / 1e3:.0f} us wrong"
-    say(f"clocks        {apart / 1e3:+.0f} us from rank 0's at most, {doubts}")
-    merged = args.out / "merged.json.gz"
-    if traces:
-        zero = min(rank["steps"][0][0] for rank in ranks) / 1e3
-        write(merged, [e | {"ts": max(0.0, e["ts"] - zero)} for e in chain(*traces)])
-        say(f"trace         {merged}, {merged.stat().st_size / 1e6:.1f} MB, for ui.perfetto.dev\n")
+    ranks = f"{world_size} rank{'s' * (world_size > 1)} on {device.type}"
+    say(f"{ranks}: {args.steps} steps recorded on each")
 
-    parts = [sum(p[k] for k in ("compute", "exposed", "idle")) / p["step"] for p in chain(*table)]
-    calls = zip(*(r["sends"] for r in ranks), strict=True)
-    early = [max(begin for begin, _ in call) - min(end for _, end in call) for call in calls]
-    begun = zip(own["steps"], found["begun"], strict=True)
-    off = min(abs(bases[rank] + begin - shift - at) for (begin, _), at in begun)
-    # Clocks of two machines are known to half a ping each; those of one machine are the same.
-    blur = sum(sorted(d for a, d in clocks if abs(a) > d)[-2:]) / 1e3
-    held = [
-        check(*same),
-        check("compute + exposed + idle, off the step", max(abs(1 - p) for p in parts), 0.01),
-        check("steps in the trace, off the loop's clock (ms)", off / 1e6, 1),
-        check("an all-reduce ends before its last call (us)", max(early, default=0) / 1e3, blur),
-        check("merged.json.gz, events or ranks amiss", faults(merged, n) if traces else 0, 0),
-    ]
-    if os.environ["LOCAL_WORLD_SIZE"] == str(n):
-        beyond = max(0, abs(ahead) - doubt) / 1e3
-        held.append(
-            check("one machine's clocks, apart by more than a ping can tell (us)", beyond, 0)
-        )
-    if args.straggler:
-        asleep, ms = args.straggler
-        free = min(row[asleep]["step"] - row[asleep]["compute"] for row in table) / 1e6
-        held.append(check(f"ms of its {ms:g} in which it seems to compute", ms - free, 0.1))
-        held.append(check("rank found late, off the one that slept", abs(late - asleep), 0))
-        unseen = 1 - waited[asleep] / ms
-        held.append(check(f"share of its {ms:g} ms for which nobody waited", unseen, 0.5))
+    step = training_step(args, device)
+    for _ in range(3):  # cold; and DDP forms its buckets anew after the first
+        step()
+    with profile() as profiler:
+        step()  # the profiler is cold too
+        for _ in range(args.steps):
+            with record_function("step"):
+                step()
+        time.sleep(0.3)  # gloo's thread ends its record of an all-reduce after the step is over
+    path = args.out / f"rank{rank}.json.gz"
+    profiler.export_chrome_trace(str(path))
+    trace = json.loads(gzip.decompress(path.read_bytes()))
+
+    ahead, doubt = clock_offset(group)
+    zeros = gathered(trace["baseTimeNanoseconds"], group)
+    shift = zeros[rank] - zeros[0] - (ahead if abs(ahead) > doubt else 0)  # else it is noise
+    events = aligned(trace, rank, shift)
+    timelines = gathered(read_timeline(events, device), group)
+    table = account(timelines)
+    waited = report(table)
+    late = max(range(world_size), key=lambda r: waited[r])
+    others = f"each of the others waits {waited[late]:.1f} ms per step for it"
+    say(f"late          rank {late}: {others}")
+    clocks = gathered((ahead, doubt), group)
+    offset, unsure = max(clocks, key=lambda clock: abs(clock[0]))
+    doubts = f"by pings that may be {unsure / 1e3:.0f} us wrong"
+    say(f"clocks        {offset / 1e3:+.0f} us from rank 0's at most, {doubts}")
+    merge(args.out / "merged.json.gz", events, group)
     if rank == 0 and args.json:
         args.json.write_text(json.dumps({"table": table, "waited_ms": waited}, indent=1) + "\n")
     if rank == 0 and args.plot:
-        plot(ranks, args.plot)
-    return all(held)
+        plot(timelines, args.plot)
+
+    parts = [sum(p[k] for k in ("compute", "exposed", "idle")) / p["step"] for p in chain(*table)]
+    calls = zip(*(timeline["sends"] for timeline in timelines), strict=True)
+    early = [max(begin for begin, _ in call) - min(end for _, end in call) for call in calls]
+    # Clocks of two machines are known to half a ping each; those of one machine are the same.
+    blur = sum(sorted(d for a, d in clocks if abs(a) > d)[-2:]) / 1e3
+    claims = [
+        check("|compute + exposed + idle - step|, of a step", max(abs(1 - p) for p in parts), 0.01),
+        check("us that an all-reduce ends before its last call", max(early, default=0) / 1e3, blur),
+    ]
+    if args.straggler:
+        asleep = int(args.straggler[0])
+        ms = args.straggler[1]
+        wait = waited[asleep]
+        free = min(row[asleep]["step"] - row[asleep]["compute"] for row in table) / 1e6
+        claims += [
+            check("straggler's time without computing, ms", free, 0.99 * ms, at_least=True),
+            expect(
+                "the others' wait for it, ms per step", wait, ms / 2, args.strict, at_least=True
+            ),
+        ]
+    return claims
 
 
-def write(path: Path, events: list[dict]) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode(), 1))
-    draft.replace(path)
+def gathered(value: Any, group: dist.ProcessGroup) -> list:
+    """Every rank's value, by rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
 
 
-def plot(ranks: list[Timeline], path: Path) -> None:
+def merge(path: Path, events: list[dict], group: dist.ProcessGroup) -> None:
+    """Rank 0 writes the events of all ranks to one file, whose time begins with the first."""
+    traces = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(events, traces, 0, group)
+    if traces:
+        zero = min(event["ts"] for event in chain(*traces) if event["ph"] != "M")
+        merged = [event | {"ts": max(0.0, event["ts"] - zero)} for event in chain(*traces)]
+        draft = path.with_suffix(".tmp")
+        draft.write_bytes(gzip.compress(json.dumps({"traceEvents": merged}).encode(), 1))
+        draft.replace(path)
+        say(f"trace         {path}, {path.stat().st_size / 1e6:.1f} MB, for ui.perfetto.dev\n")
+
+
+def plot(timelines: list[Timeline], path: Path) -> None:
     """Draw the last step as it ran: two rows per rank."""
     import matplotlib
 
@@ -377,18 +304,19 @@ def plot(ranks: list[Timeline], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "ch03"
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(10, 1.2 + 0.9 * len(ranks)), layout="constrained")
-    zero = min(rank["steps"][-1][0] for rank in ranks)
-    for r, rank in enumerate(ranks):
-        step = rank["steps"][-1]
-        core, link = clip(rank["works"], *step), clip(rank["sends"], *step)
-        exposed = [span for gap in gaps(core, *step) for span in clip(link, *gap)]
-        for y, spans, color in zip((-0.2, 0.2, 0.2), (core, link, exposed), COLORS, strict=True):
+    figure, axis = pyplot.subplots(figsize=(10, 1.2 + 0.9 * len(timelines)), layout="constrained")
+    zero = min(timeline["steps"][-1][0] for timeline in timelines)
+    for rank, timeline in enumerate(timelines):
+        step = timeline["steps"][-1]
+        computes = clip(timeline["works"], *step)
+        communicates = clip(timeline["sends"], *step)
+        exposed = [part for gap in gaps(computes, *step) for part in clip(communicates, *gap)]
+        for (color, y, label), spans in zip(ROWS, (computes, communicates, exposed), strict=True):
             wide = union([(begin, end + 50_000) for begin, end in spans])  # finer gaps do not show
-            bars = [((begin - zero) / 1e6, (end - 50_000 - begin) / 1e6) for begin, end in wide]
-            label = COLORS[color] if r == 0 else None
-            axis.broken_barh(bars, (r + y - 0.18, 0.36), color=color, linewidth=0, label=label)
-    axis.set_yticks(range(len(ranks)), [f"rank {r}" for r in range(len(ranks))])
+            bars = [((begin - zero) / 1e6, (end - begin) / 1e6) for begin, end in wide]
+            label = label if rank == 0 else None
+            axis.broken_barh(bars, (rank + y, 0.36), color=color, linewidth=0, label=label)
+    axis.set_yticks(range(len(timelines)), [f"rank {rank}" for rank in range(len(timelines))])
     axis.invert_yaxis()
     axis.set_xlabel("ms of the last recorded step")
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -396,118 +324,133 @@ def plot(ranks: list[Timeline], path: Path) -> None:
     figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
 
 
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; every rank gets the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    held = all(v <= bound for v in values)  # false for NaN
-    say(f"check: {claim} = {max(values):.3g} <= {bound:.3g}  {'ok' if held else 'FAILED'}")
-    return held
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--straggler", type=float, nargs=2, metavar=("RANK", "MS"), help="whose data come late")
+    add("--out", type=Path, default="runs/ch03_profile_ddp", help="folder for the traces")
+    add("--steps", type=int, default=4, help="recorded steps")
+    add("--batch", type=int, default=4, help="sequences per step and rank")
+    add("--context", type=int, default=128, help="tokens per sequence")
+    add("--width", type=int, default=128, help="size of a token's vector")
+    add("--layers", type=int, default=4, help="transformer layers")
+    add("--seed", type=int, default=0, help="for weights and batches")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--strict", action="store_true", help="exit 1 if an `expect:` line does not hold")
+    add("--json", type=Path, help="also write the table, in ns, to this file")
+    add("--plot", type=Path, help="also draw the last recorded step to this SVG file")
+    return parser.parse_args()
 
 
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
 
 
+# Copied from ddp_bucketing_overlap.overlap
+def overlap(a: Spans, b: Spans) -> int:
+    """Time that is both in a span of `a` and in one of `b`; each list sorted and disjoint."""
+    i = j = total = 0
+    while i < len(a) and j < len(b):
+        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
+def main() -> None:
+    args = parse_args()
+    device = join_group(args.device)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_single_gpu_baseline.synchronize
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
-def read_bytes(path: Path, at_least: int) -> torch.Tensor:
-    """The file's bytes as integers from 0 to 255: [bytes]."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        stop(f"cannot read {path} ({error.strerror}): give a text file with --data FILE")
-    if len(text) < at_least:
-        stop(f"{path} has {len(text)} bytes, this run needs {at_least}: give a longer --data FILE")
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
     else:
-        torch.accelerator.set_device_index(local_rank)
-        device = torch.device(device.type, local_rank)
-    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
-    dist.init_process_group(backend, device_id=bound)
-    dist.barrier()  # all are here, before one may leave for what it is given
-    return device
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
 
 
-def stop(message: str) -> None:
+# Copied from ch01_single_gpu_baseline.expect
+def expect(
+    claim: str, value: float, bound: float, strict: bool, at_least: bool = False
+) -> bool | None:
+    """Print whether a value that depends on the machine keeps its bound; judge it if `strict`."""
+    held = bool(value >= bound if at_least else value <= bound)
+    verdict = "ok" if held else "not here"
+    say(f"expect: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}  {verdict}")
+    return held if strict else None
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
     sys.stderr.write(message + "\n")  # in one piece: other ranks write too
     sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    add, chapter = parser.add_argument, Path(__file__).resolve().parents[1]
-    add("--straggler", type=float, nargs=2, metavar=("RANK", "MS"), help="whose data come late")
-    add("--out", type=Path, default="runs/ch03_profile_ddp", help="folder for the traces")
-    add("--steps", type=positive, default=4, help="recorded per cycle, and as many that are not")
-    add("--cycles", type=positive, default=3, help="of steps; the last one's trace is kept")
-    add("--data", type=Path, default=chapter / "main.md", help="text; default: the chapter")
-    add("--batch", type=positive, default=4, help="windows of text per step and rank")
-    add("--context", type=positive, default=128, help="bytes per window")
-    add("--width", type=positive, default=128, help="size of a token's vector")
-    add("--layers", type=positive, default=4, help="transformer blocks")
-    add("--heads", type=positive, default=4, help="attention heads; 2 x heads divides --width")
-    add("--seed", type=int, default=0, help="for weights and batches")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--json", type=Path, help="also write the table, in ns, to this file")
-    add("--plot", type=Path, help="also draw the last recorded step to this SVG file")
-    args = parser.parse_args()
-    if args.width % (2 * args.heads):
-        stop(f"--width {args.width} is no multiple of 2 x --heads {args.heads}")
-    ranks = int(os.environ.get("WORLD_SIZE", 2))
-    if args.straggler:
-        asleep, ms = args.straggler
-        if ranks == 1:
-            stop(f"nobody would wait: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-        if asleep not in range(ranks) or not 0 < ms < 1e6:
-            stop(f"--straggler: type a rank below {ranks}, and more than 0 ms")
-        args.straggler = int(asleep), ms
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for path in filter(None, (args.out / "merged.json.gz", args.plot, args.json)):
-            path.open("ab").close()
-    except OSError as error:
-        stop(f"cannot write {error.filename} ({error.strerror}): give another place")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    device = join_group(args.device)
-    try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/train_ddp_torchrun.py
     torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/train_ddp_torchrun.py --steps 20 --out runs/ch03_train --save-every 5 --resume
-    torchrun --nproc_per_node=1 chapter3-distributed-training-with-pytorch-ddp/code/train_ddp_torchrun.py --compare chapter3-distributed-training-with-pytorch-ddp/code/golden.json
     torchrun --nproc_per_node=3 chapter3-distributed-training-with-pytorch-ddp/code/train_ddp_torchrun.py --compare chapter3-distributed-training-with-pytorch-ddp/code/golden.json
 
 On GPUs:
-    torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/train_ddp_torchrun.py --width 1024 --layers 12 --heads 16 --context 1024 --batch 24 --steps 500
+    torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/train_ddp_torchrun.py --width 1024 --layers 12 --heads 16 --context 1024 --batch 24 --steps 100 --lr 3e-4
 
 The batch is that of all ranks together, so losses do not depend on how many there are. --compare
 takes its flags from a file with the losses of an earlier run, and holds the new run against them.
@@ -18,17 +17,18 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-import torch._dynamo  # DDP's; before there is a group: section 3.8
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
@@ -39,12 +39,13 @@ RECIPE = ["width", "layers", "heads", "context", "batch", "dropout", "seed"]
 RECIPE += ["steps", "warmup", "lr", "clip"]
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """Llama's: rotary attention, then SwiGLU, each behind an RMSNorm and added to what comes in."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, hidden = heads, 8 * width // 3
+        self.heads = heads
+        hidden = (8 * width // 3 + 7) // 8 * 8  # 16-bit matrix units want multiples of 8
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -62,16 +63,16 @@ class Block(nn.Module):
         return x + self.dropout(self.down(F.silu(gate) * up))
 
 
-class ByteLM(nn.Module):
+class ByteLlama(nn.Module):
     """A small decoder-only transformer of Llama's shape (arXiv:2302.13971) whose tokens are bytes."""
 
     def __init__(self, width: int, layers: int, heads: int, context: int, dropout: float = 0.0):
         super().__init__()
         self.embed = nn.Embedding(256, width)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, dropout) for _ in range(layers))
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
-        frequency = 10_000.0 ** -torch.arange(0, 1, 2 * heads / width)  # [head_dim / 2]
-        angle = torch.outer(torch.arange(context), frequency)
+        pairs = width // heads // 2  # of a head's dimensions; each turns at its own speed
+        angle = torch.outer(torch.arange(context), 10_000.0 ** -(torch.arange(pairs) / pairs))
         self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # [batch, seq] -> [batch, seq, 256]
@@ -83,7 +84,8 @@ class ByteLM(nn.Module):
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x[i], x[i + d/2]) by its position's angle: RoPE (arXiv:2104.09864)."""
-    (cos, sin), (a, b) = rotation, x.chunk(2, -1)
+    cos, sin = rotation
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -91,12 +93,17 @@ class ShareOfBatch(Sampler[list[int]]):
     """This rank's share of each global batch; the batches are the same at any world size."""
 
     def __init__(self, samples: int, batch: int, rank: int, world_size: int, seed: int):
-        self.samples, self.batch, self.rank, self.world_size = samples, batch, rank, world_size
-        self.seed, self.epoch, self.done = seed, 0, 0
+        self.samples = samples
+        self.batch = batch
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
         """Choose the epoch's shuffle; `done` batches of it are skipped, for a resumed run."""
-        self.epoch, self.done = epoch, done
+        self.epoch = epoch
+        self.done = done
 
     def __len__(self) -> int:
         return self.samples // self.batch - self.done
@@ -123,21 +130,15 @@ def batches(
                 return
 
 
-def read_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Windows to train on and, from the last tenth, to hold out, two [samples, context + 1]; and
-    the text's digest. A window's last byte is the next one's first.
+def read_windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to train on and, from the last tenth, to hold out: two [windows, context + 1].
+
+    A window's last byte is the next one's first.
     """
-    try:
-        text = args.data.read_bytes()
-    except OSError as error:
-        stop(f"cannot read {args.data} ({error.strerror}): give a text file with --data FILE")
-    needed = 10 * max((args.batch * args.context + 10) // 9, args.context + 1)
-    if len(text) < needed:
-        stop(f"{args.data} has {len(text)} bytes, one batch needs {needed}: give a longer --data")
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    parts = data.split([len(data) * 9 // 10, len(data) - len(data) * 9 // 10])
-    train, held_out = (part.unfold(0, args.context + 1, args.context) for part in parts)
-    return train, held_out, hashlib.sha256(text).hexdigest()
+    data = read_bytes(args.data, at_least=2 * (args.batch + 5) * args.context)
+    split = len(data) * 9 // 10
+    size = args.context + 1
+    return data[:split].unfold(0, size, args.context), data[split:].unfold(0, size, args.context)
 
 
 def train_step(
@@ -164,17 +165,18 @@ def evaluate(
 ) -> tuple[float, int]:
     """Mean loss over [windows, context + 1], and the tokens counted: each once, none twice."""
     model.eval()
-    pooled = torch.zeros(2, dtype=torch.double)
-    mine = windows[dist.get_rank() :: dist.get_world_size()]  # shares may differ, or be empty
-    for window in mine.split(batch):
-        logits = model(window[:, :-1].to(device))
-        targets = window[:, 1:].flatten().to(device)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
-        pooled += torch.tensor([loss.item(), targets.numel()], dtype=torch.double)
-    pooled = pooled.to(device)
+    pooled = torch.zeros(2, dtype=torch.double, device=device)  # sum of losses, tokens
+    share = windows[dist.get_rank() :: dist.get_world_size()]  # sizes may differ, or be 0
+    for window in share.split(batch):
+        window = window.to(device)
+        logits = model(window[:, :-1])
+        targets = window[:, 1:].flatten()
+        pooled[0] += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+        pooled[1] += targets.numel()
     dist.all_reduce(pooled)  # sums, not means: a mean of means is wrong where shares differ
     model.train()
-    return (pooled[0] / pooled[1]).item(), int(pooled[1])
+    loss, tokens = pooled.tolist()
+    return loss / tokens, int(tokens)
 
 
 def learning_rate(step: int, warmup: int, steps: int) -> float:
@@ -196,48 +198,52 @@ def save(state: dict, path: Path) -> None:
 
 def restore(path: Path, recipe: dict, device: torch.device) -> dict:
     """The checkpoint's state, if it is one of this very run."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        theirs = state["recipe"]
-    except Exception as error:  # what a torn file raises depends on where it is torn
-        stop(f"cannot load {path} ({type(error).__name__}): type another --out, or remove it")
-    for name, mine in recipe.items():
-        if theirs.get(name) != mine:
-            stop(f"{path} has {name} {theirs.get(name)}, this run {mine}: type another --out")
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, value in recipe.items():
+        saved = state["recipe"].get(name)
+        if saved != value:
+            stop(f"{path} has {name} {saved}, this run {value}: type another --out")
     return state
 
 
-def run(args: argparse.Namespace, device: torch.device) -> bool:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if args.batch < world_size:
-        stop(f"{world_size} ranks, but --batch {args.batch}: type --batch {world_size} or more")
-    train, held_out, digest = read_windows(args)
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
+    if not (args.compare or device.type == "cpu"):
+        torch.set_float32_matmul_precision("high")  # TF32: too coarse to compare with a file
+    train, held_out = read_windows(args)
 
     torch.manual_seed(args.seed)  # the same first weights everywhere, and DDP broadcasts rank 0's
-    model = ByteLM(args.width, args.layers, args.heads, args.context, args.dropout).to(device)
-    ranked = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = ByteLlama(args.width, args.layers, args.heads, args.context, args.dropout).to(device)
+    ddp_model = DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
     )
     schedule = LambdaLR(optimizer, lambda step: learning_rate(step, args.warmup, args.steps))
     sampler = ShareOfBatch(len(train), args.batch, rank, world_size, args.seed)
-    loader = DataLoader(train, batch_sampler=sampler, pin_memory=device.type != "cpu")
+    on_gpu = device.type != "cpu"
+    loader = DataLoader(train, batch_size=None, sampler=sampler, pin_memory=on_gpu)
 
-    recipe = {name: getattr(args, name) for name in RECIPE} | {"data": digest}
+    recipe = {name: getattr(args, name) for name in RECIPE}
+    recipe["data"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
     checkpoint = args.out / "checkpoint.pt" if args.out else None
-    step, losses, norms = 0, [], []
+    step = 0
+    losses, norms = [], []
     if args.resume and checkpoint.is_file():
         state = restore(checkpoint, recipe, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        step, losses, norms = state["step"], state["losses"], state["norms"]
+        step = state["step"]
+        losses, norms = state["losses"], state["norms"]
     steps = [step] * world_size
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
         stop(f"ranks go on from steps {sorted(set(steps))}: type an --out that all nodes share")
     # Dropout masks of this rank's own, and after a resume others than at the start.
-    torch.manual_seed((args.seed * 1_000_003 + step) * 1_000_003 + rank)
+    torch.manual_seed(((args.seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {parameters:,} parameters")
     say(f"batch         {args.batch} x {args.context} tokens for all ranks together")
@@ -247,37 +253,39 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     before, _ = evaluate(model, held_out, device, args.batch)
 
     last = min(args.steps, args.stop_at or args.steps)
-    seconds, mine = [], []  # the second is this rank's share of the losses not yet pooled
+    new_losses, new_norms = [], []  # since the last line; the losses are this rank's parts
+    rates = []  # tokens per second of each interval between two lines
     say(f"{'step':>6}{'epoch':>7}{'learning rate':>15}{'gradient norm':>15}{'loss':>8}")
     bar = tqdm(total=last, initial=step, desc="training", disable=None if rank == 0 else True)
     start = time.perf_counter()
     for window in batches(loader, sampler, step, last):
         rate = schedule.get_last_lr()[0]
-        loss, norm = train_step(
-            ranked, optimizer, window.to(device, non_blocking=True), args.batch, args.clip
-        )
+        window = window.to(device, non_blocking=True)
+        loss, norm = train_step(ddp_model, optimizer, window, args.batch, args.clip)
         schedule.step()
-        mine.append(loss)
-        norms.append(norm)
+        new_losses.append(loss)
+        new_norms.append(norm)
         step += 1
+        bar.update()
         saving = checkpoint and (step == last or (args.save_every and step % args.save_every == 0))
-        if step % args.log_every == 0 or step == last or saving:
-            pooled = torch.stack(mine).double()
-            dist.all_reduce(pooled)
-            losses += pooled.tolist()
-            norms = [float(n) for n in norms]
-            epoch = (step - 1) // (len(train) // args.batch)
-            say(f"{step:>6}{epoch:>7}{rate:>15.6f}{norms[-1]:>15.3f}{losses[-1]:>8.3f}")
-            mine.clear()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        if not (saving or step == last or step % args.log_every == 0):
+            continue  # without waiting for the device: its queue stays full
+        pooled = torch.stack(new_losses).double()
+        dist.all_reduce(pooled)
+        losses += pooled.tolist()  # this does wait
+        norms += torch.stack(new_norms).tolist()
+        tokens = len(new_losses) * args.batch * args.context
+        rates.append(tokens / (time.perf_counter() - start))
+        epoch = (step - 1) // (len(train) // args.batch)
+        say(f"{step:>6}{epoch:>7}{rate:>15.6f}{norms[-1]:>15.3f}{losses[-1]:>8.3f}")
+        new_losses.clear()
+        new_norms.clear()
         if saving:
             if rank == 0:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"schedule": schedule.state_dict(), "recipe": recipe, "step": step}
                 save(state | {"losses": losses, "norms": norms}, checkpoint)
             dist.barrier()  # so that no rank goes on to die beside a checkpoint that is half written
-        bar.update()
         start = time.perf_counter()
     bar.close()
 
@@ -285,170 +293,188 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     if losses:
         say(f"loss          {losses[0]:.3f} -> {losses[-1]:.3f} nats per byte")
     say(f"held out      {before:.3f} -> {after:.3f} nats per byte, {counted:,} tokens")
-    if len(seconds) > 5:
-        low, middle, high = statistics.quantiles(seconds[2:], n=4)  # two steps warm up
-        tokens = args.batch * args.context
-        say(
-            f"throughput    {tokens / middle:,.0f} tokens/s  "
-            f"[{tokens / high:,.0f} .. {tokens / low:,.0f}], {len(seconds) - 2} steps"
-        )
+    if len(rates) > 2:
+        low, median, high = quartiles(rates[1:])  # the first steps warm up
+        spread = f"[{low:,.0f} .. {high:,.0f}], {len(rates) - 1} intervals"
+        say(f"throughput    {median:,.0f} tokens/s  {spread}")
     if args.json and rank == 0:
-        record = {"file": str(args.data), "recipe": recipe, "losses": losses, "norms": norms}
-        record["seconds"] = seconds
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    held = check("held-out loss after training, and before", after, before)
-    held &= check("held-out tokens counted, off by", abs(counted - held_out[:, 1:].numel()), 0)
-    held &= check("max spread of weights over ranks", max_spread(model), 0)
+        found = {"file": str(args.data), "recipe": recipe, "losses": losses, "norms": norms}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    claims = [
+        check("held-out loss after training, and before", after, before),
+        check("held-out tokens missed or doubled", abs(held_out[:, 1:].numel() - counted), 0),
+        check("max spread of weights over ranks", max_spread(model), 0),
+    ]
     if args.compare:
-        held &= compare(args.compare, recipe, losses, norms)
-    return held
+        claims += compare(args.compare, recipe, losses, norms)
+    return claims
 
 
-def compare(path: Path, recipe: dict, losses: list[float], norms: list[float]) -> bool:
+def compare(path: Path, recipe: dict, losses: list[float], norms: list[float]) -> list[bool]:
     """Hold this run's losses and gradient norms against those that another run wrote by --json."""
     golden = json.loads(path.read_text())
-    if golden["recipe"] != recipe or len(golden["losses"]) < len(losses):
+    if golden["recipe"] != recipe:
         stop(f"{path} comes from other flags or data: make it anew with --json")
-    mine, its = (torch.tensor(x, dtype=torch.double) for x in (losses, golden["losses"]))
-    held = check("max |loss - the file's|", (mine - its[: len(mine)]).abs().max().item(), 1e-5)
-    mine, its = (torch.tensor(x, dtype=torch.double) for x in (norms, golden["norms"]))
-    off = (mine / its[: len(mine)] - 1).abs().max().item()
-    return check("max |norm / the file's - 1|", off, 1e-4) and held
-
-
-def max_spread(model: nn.Module) -> float:
-    """Largest difference of any weight from rank 0's."""
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    rank_0s = flat.clone()
-    dist.broadcast(rank_0s, src=0)
-    return (flat - rank_0s).abs().max().item()
-
-
-def check(claim: str, value: float, bound: float) -> bool:
-    """Print whether the worst rank keeps `value` within `bound`; all ranks get the same answer."""
-    values = [0.0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    held = all(v <= bound for v in values)  # false for NaN
-    say(f"check: {claim} = {max(values):.3g} <= {bound:.3g}  {'ok' if held else 'FAILED'}")
-    return held
-
-
-def say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def join_group(wanted: str) -> torch.device:
-    """Join the process group; return this rank's device: its own GPU where each rank has one."""
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
-    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
-        device = torch.device("cpu")
-    else:
-        torch.accelerator.set_device_index(local_rank)
-        device = torch.device(device.type, local_rank)
-    backend, bound = ("gloo", None) if device.type == "cpu" else (None, device)  # None: PyTorch's
-    dist.init_process_group(backend, device_id=bound)
-    dist.barrier()  # all are here, before one may leave for what it is given
-    return device
-
-
-def stop(message: str) -> None:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
+    count = len(losses)  # fewer than the file's after --stop-at
+    loss_difference = torch.tensor(losses) - torch.tensor(golden["losses"][:count])
+    norm_ratio = torch.tensor(norms) / torch.tensor(golden["norms"][:count])
+    return [
+        check("max |loss - the file's|", loss_difference.abs().max().item(), 1e-5),
+        check("max |norm / the file's - 1|", (norm_ratio - 1).abs().max().item(), 1e-4),
+    ]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
-    chapter = Path(__file__).resolve().parents[1]
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", type=Path, default=chapter / "main.md", help="text to learn; default: the chapter"
+        "--data", type=Path, default="resources/corpus.txt", help="text to learn, as bytes"
     )
-    data.add_argument("--context", type=positive, default=128, help="bytes per window")
-    data.add_argument("--batch", type=positive, default=12, help="windows per step, of all ranks")
+    data.add_argument("--context", type=int, default=128, help="bytes per window")
+    data.add_argument("--batch", type=int, default=12, help="windows per step, of all ranks")
     model = parser.add_argument_group("model")
-    model.add_argument("--width", type=positive, default=128, help="size of a token's vector")
-    model.add_argument("--layers", type=positive, default=4, help="transformer blocks")
-    model.add_argument("--heads", type=positive, default=4, help="attention heads")
+    model.add_argument("--width", type=int, default=128, help="size of a token's vector")
+    model.add_argument("--layers", type=int, default=4, help="transformer blocks")
+    model.add_argument("--heads", type=int, default=4, help="attention heads")
     model.add_argument("--dropout", type=float, default=0.0, help="share of units dropped")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=60, help="optimizer steps")
-    training.add_argument("--warmup", type=positive, default=10, help="steps to the peak rate")
-    training.add_argument("--lr", type=above_zero, default=3e-3, help="AdamW's peak learning rate")
+    training.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    training.add_argument("--warmup", type=int, default=10, help="steps to the peak rate")
+    training.add_argument("--lr", type=float, default=3e-3, help="AdamW's peak learning rate")
     training.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient")
     training.add_argument("--seed", type=int, default=0, help="for weights, shuffling and dropout")
     training.add_argument("--device", default="auto", help="auto, cpu or cuda")
     files = parser.add_argument_group("output")
-    files.add_argument("--log-every", type=positive, default=10, help="steps between two lines")
+    files.add_argument("--log-every", type=int, default=10, help="steps between two lines")
     files.add_argument("--out", type=Path, help="folder for checkpoint.pt; default: save nothing")
     files.add_argument("--save-every", type=int, default=0, help="steps; 0: only at the end")
     files.add_argument("--resume", action="store_true", help="go on from --out, if there is one")
-    files.add_argument("--stop-at", type=positive, help="leave after this step; --steps stays")
-    files.add_argument("--json", type=Path, help="write losses, norms and seconds to this file")
+    files.add_argument("--stop-at", type=int, help="leave after this step; --steps stays")
+    files.add_argument("--json", type=Path, help="write losses and norms to this file")
     files.add_argument("--compare", type=Path, help="a --json file, whose flags and losses to take")
     args = parser.parse_args()
     if args.compare:
-        try:
-            golden = json.loads(args.compare.read_text())
-            vars(args).update((name, golden["recipe"][name]) for name in RECIPE)
-            args.data = Path(golden.get("file", args.data))
-        except (OSError, ValueError, KeyError) as error:
-            stop(f"--compare {args.compare}: no losses of an earlier run ({error})")
+        golden = json.loads(args.compare.read_text())
+        vars(args).update((name, golden["recipe"][name]) for name in RECIPE)
+        args.data = Path(golden["file"])
     if args.width % (2 * args.heads):
         stop(f"--width {args.width} is no multiple of 2 x --heads {args.heads}")
-    if not 0 <= args.dropout < 1:
-        stop(f"--dropout {args.dropout:g}: give 0 or more, and less than 1")
-    if args.json and not args.json.parent.is_dir():
-        stop(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.out is None and (args.resume or args.save_every):
         stop("--resume and --save-every want a folder: type --out DIR")
     if args.out and (args.out / "checkpoint.pt").exists() and not args.resume:
         stop(f"{args.out}/checkpoint.pt is there: type --resume to go on, or another --out")
     if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            stop(f"--out {args.out}: {error.strerror}")
+        args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_multi_gpu_ddp.join_group
+def join_group(wanted: str) -> torch.device:
+    """Join the process group that the launcher describes; return this rank's device."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        stop(f"no launcher: type  torchrun --nproc_per_node=2 {sys.argv[0]}")
+    local_rank, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if ranks_here < int(os.environ["WORLD_SIZE"]):
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+        if wanted == "cpu" and gpus and local_rank == 0:
+            print(f"{ranks_here} ranks, but {gpus} GPUs: running on the CPU", file=sys.stderr)
+    if wanted != "cpu" and gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
+    if wanted == "cpu":
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    else:
+        device = torch.device(wanted, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+        dist.init_process_group(device_id=device)  # PyTorch chooses the backend: NCCL for cuda
+    dist.barrier()  # all are here before one may leave
+    return device
+
+
+# Copied from ch01_multi_gpu_ddp.main
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
     device = join_group(args.device)
+    claims = run(args, device)
+    dist.barrier()  # nobody leaves while another is at work
+    dist.destroy_process_group()  # not in a `finally`: section 3.1
+    sys.exit(conclude(claims))
+
+
+# Copied from ch01_multi_gpu_ddp.max_spread
+def max_spread(model: nn.Module) -> float:
+    """Largest difference between any two ranks' copies of any weight."""
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    low, high = flat.clone(), flat.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    return (high - low + 0 * flat).max().item()  # 0 * flat: MIN and MAX on gloo drop a NaN
+
+
+# Copied from ch01_single_gpu_baseline.quartiles
+def quartiles(values: list[float]) -> list[float]:
+    """First quartile, median and third quartile."""
+    return torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+
+
+# Copied from ch01_single_gpu_baseline.read_bytes
+def read_bytes(path: Path, at_least: int) -> torch.Tensor:
+    """The file's bytes as integers from 0 to 255: [bytes]."""
     try:
-        held = run(args, device)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    sys.exit(not held)
+        text = path.read_bytes()
+    except OSError as error:
+        stop(f"cannot read {path} ({error.strerror}): give a text file with --data FILE")
+    if len(text) < at_least:
+        stop(f"{path} has {len(text)} bytes, this run needs {at_least}: give a longer --data FILE")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

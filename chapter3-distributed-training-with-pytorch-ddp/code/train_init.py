@@ -2,13 +2,13 @@
 
     python chapter3-distributed-training-with-pytorch-ddp/code/train_init.py
     torchrun --nproc_per_node=2 chapter3-distributed-training-with-pytorch-ddp/code/train_init.py
-    torchrun --nproc_per_node=3 chapter3-distributed-training-with-pytorch-ddp/code/train_init.py --timeout 20
 
 On GPUs:
     torchrun --nproc_per_node=8 chapter3-distributed-training-with-pytorch-ddp/code/train_init.py --device cuda
 
-On Slurm, `srun --nodes=2 --ntasks-per-node=8 python` and the script do without torchrun. Look at the
-table: no two ranks share a seat. Then at the seconds: which of them does a group cost? Section 3.1.
+On Slurm, `srun --nodes=2 --ntasks-per-node=8 python`, the script and `--device cuda` do without
+torchrun. Look at the table: no two ranks share a place on a node. Then at the seconds: which of them
+does a group cost? Section 3.1.
 """
 
 import argparse
@@ -38,10 +38,11 @@ def timed(phase: str) -> Iterator[None]:
 with timed("import torch"):
     import torch
     import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.errors import record
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """A rank's place among all ranks."""
 
     launcher: str
@@ -54,26 +55,25 @@ class Seat:
     ranks_here: int = 1
 
 
-def find_seat(env: Mapping[str, str]) -> Seat:
+def find_rank_info(env: Mapping[str, str]) -> RankInfo:
     """Read what torchrun or srun has put into the environment, or a person by hand."""
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "hand"
     if "RANK" not in env:
         if "SLURM_STEP_ID" not in env:  # a batch script runs in a job, but in no step of it
-            return Seat("python alone")
-        launcher, env = "srun", from_slurm(env)
+            return RankInfo("python alone")
+        launcher = "srun"
+        env = from_slurm(env)
     one_node = {"GROUP_RANK": "0", "LOCAL_RANK": env["RANK"]}
     one_node["LOCAL_WORLD_SIZE"] = env.get("WORLD_SIZE", "")
     names = ("MASTER_PORT", "RANK", "WORLD_SIZE", *one_node)
-    texts = {name: env.get(name, one_node.get(name, "")) for name in names}
-    wrong = [] if env.get("MASTER_ADDR") else ["MASTER_ADDR"]
-    wrong += [name for name, text in texts.items() if not text.isdecimal()]
-    if wrong:
-        text = texts.get(wrong[0]) or "missing"
-        stop(f"RANK is set, but {wrong[0]} is {text}: type  torchrun {sys.argv[0]}")
-    seat = Seat(launcher, env["MASTER_ADDR"], *map(int, texts.values()))
-    if seat.rank >= seat.world_size:
-        stop(f"RANK={seat.rank}, but WORLD_SIZE={seat.world_size}: ranks count from 0")
-    return seat
+    for name in ("MASTER_ADDR", *names):
+        if name not in env | one_node:
+            stop(f"RANK is set, but {name} is missing: type  torchrun {sys.argv[0]}")
+    numbers = [int((one_node | env)[name]) for name in names]
+    rank_info = RankInfo(launcher, env["MASTER_ADDR"], *numbers)
+    if rank_info.rank >= rank_info.world_size:
+        stop(f"RANK={rank_info.rank}, but WORLD_SIZE={rank_info.world_size}: ranks count from 0")
+    return rank_info
 
 
 def from_slurm(env: Mapping[str, str]) -> dict[str, str]:
@@ -93,197 +93,220 @@ def from_slurm(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def pick_device(wanted: str, seat: Seat) -> torch.device:
+def find_device(wanted: str, rank_info: RankInfo) -> torch.device:
     """This rank's own GPU where each rank has one; else the CPU, unless GPUs were asked for."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = 0 if device.type in ("cpu", "mps") else torch.accelerator.device_count()
-    local_rank, ranks_here = seat.local_rank, seat.ranks_here
-    if seat.launcher == "srun" and "SLURM_GPUS_PER_TASK" in os.environ:
+    local_rank = rank_info.local_rank
+    ranks_here = rank_info.ranks_here
+    if rank_info.launcher == "srun" and "SLURM_GPUS_PER_TASK" in os.environ:
         local_rank, ranks_here = 0, 1  # a task sees its own GPUs, and nobody else's
-    if wanted not in ("auto", "cpu") and (wanted != device.type or devices < ranks_here):
-        stop(f"{ranks_here} ranks, but {devices} {wanted} devices: type --device cpu")
-    if wanted == "cpu" or devices < ranks_here:
-        if devices and wanted == "auto" and seat.local_rank == 0:
-            print(f"{ranks_here} ranks, but {devices} GPUs: running on the CPU", file=sys.stderr)
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    gpus = torch.accelerator.device_count() if gpu and gpu.type != "mps" else 0
+    if wanted == "auto":
+        if rank_info.ranks_here < rank_info.world_size:
+            stop("several nodes may differ: type --device cuda, or --device cpu")
+        wanted = gpu.type if gpu and gpus >= ranks_here else "cpu"
+    if wanted == "cpu":
         return torch.device("cpu")
+    if gpus < ranks_here:
+        stop(f"{ranks_here} ranks, but {gpus} GPUs here: type --device cpu, or start fewer ranks")
     torch.accelerator.set_device_index(local_rank)
-    return torch.device(device.type, local_rank)
+    return torch.device(wanted, local_rank)
 
 
-def open_store(seat: Seat, limit: float) -> dist.Store:
+def open_store(rank_info: RankInfo, timeout: float) -> dist.Store:
     """Keys and values that all ranks see. Rank 0 serves them, or torchrun's agent on its node."""
-    if not seat.address:
+    if not rank_info.address:
         return dist.HashStore()  # in this process: no port that could be taken
-    serves = seat.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    where = f"{seat.address}:{seat.port}"
+    serves = rank_info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = (rank_info.address, rank_info.port)
+    place = f"{rank_info.address}:{rank_info.port}"
 
-    def refusal() -> str:
+    def problem() -> str:
         try:
-            socket.create_connection((seat.address, seat.port), timeout=limit).close()
+            socket.create_connection(where, timeout).close()
         except OSError as error:
-            return f"no rank 0 at {where} ({error.strerror or error})"
+            return f"no rank 0 at {place} ({error.strerror or error})"
         return ""
 
     if not serves:
-        settle(refusal, seat, limit)
+        wait_while(problem, rank_info, timeout)
     try:
         return dist.TCPStore(
-            seat.address, seat.port, None, serves, timedelta(seconds=limit), wait_for_workers=False
+            *where, None, serves, timedelta(seconds=timeout), wait_for_workers=False
         )
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error):
-            free = seat.port + 1
-            stop(f"{where} is taken: type MASTER_PORT={free}, or --standalone to torchrun")
-        stop(f"rank {seat.rank} cannot use {where}: {str(error).splitlines()[0]}")
+        if "EADDRINUSE" not in str(error):
+            raise
+        free = rank_info.port + 1
+        stop(f"{place} is taken: type MASTER_PORT={free}, or --standalone to torchrun")
 
 
-def roll_call(store: dist.Store, seat: Seat, limit: float) -> dist.Store:
+def roll_call(store: dist.Store, rank_info: RankInfo, timeout: float) -> dist.Store:
     """Wait for all ranks, or name those that do not come; return a store that is new to them all.
 
     When torchrun restarts the ranks, its store still has what the dead ones wrote. So rank 0 calls
     under a name of its own, made up now, and each rank goes on when its own name is confirmed.
     """
-    me, mine = os.urandom(8).hex(), f"WORLD_SIZE={seat.world_size}"
-    others = range(1, seat.world_size)
+    name = os.urandom(8).hex()
+    world_size = f"WORLD_SIZE={rank_info.world_size}"
+    others = range(1, rank_info.world_size)
 
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else "missing"
 
-    def complaint() -> str:
-        if seat.rank > 0:
-            store.set(f"{read('call')}/{seat.rank}", f"{mine} {me}")
-            return "" if store.check([me]) else "rank 0 does not confirm that all are here"
-        answers = {rank: read(f"{me}/{rank}").split()[0] for rank in others}
-        wrong = [f"rank {rank}: {answer}" for rank, answer in answers.items() if answer != mine]
-        return f"{mine}, but {', '.join(wrong)}" if wrong else ""
+    def problem() -> str:
+        if rank_info.rank > 0:
+            store.set(f"{read('call')}/{rank_info.rank}", f"{world_size} {name}")
+            return "" if store.check([name]) else "rank 0 does not confirm that all are here"
+        answers = [(rank, read(f"{name}/{rank}").split()[0]) for rank in others]
+        wrong = [f"rank {rank}: {answer}" for rank, answer in answers if answer != world_size]
+        return f"{world_size}, but {', '.join(wrong)}" if wrong else ""
 
-    if seat.rank == 0:
-        store.set("call", me)
-    settle(complaint, seat, limit)
-    for rank in others if seat.rank == 0 else ():
-        store.set(read(f"{me}/{rank}").split()[1], "confirmed")
+    if rank_info.rank == 0:
+        store.set("call", name)
+    wait_while(problem, rank_info, timeout)
+    if rank_info.rank == 0:
+        for rank in others:
+            store.set(read(f"{name}/{rank}").split()[1], "confirmed")
     return dist.PrefixStore(read("call"), store)
 
 
-def settle(complaint: Callable[[], str], seat: Seat, limit: float) -> None:
-    """Ask until there is no complaint; after `limit` seconds stop with the last one."""
-    deadline = time.monotonic() + limit
-    while text := complaint():
+def wait_while(problem: Callable[[], str], rank_info: RankInfo, timeout: float) -> None:
+    """Ask until there is no problem; after `timeout` seconds stop with the last one."""
+    deadline = time.monotonic() + timeout
+    while text := problem():
         if time.monotonic() > deadline:
-            stop(f"rank {seat.rank}: {text}, after {limit:g} s; --timeout allows more")
+            stop(f"rank {rank_info.rank}: {text}, after {timeout:g} s; --timeout allows more")
         time.sleep(0.02)
 
 
-def join_group(seat: Seat, device: torch.device, limit: float) -> None:
+def join_by_roll_call(rank_info: RankInfo, device: torch.device, timeout: float) -> None:
     """What init_process_group() does by itself, but that it tells which ranks are missing."""
     with timed("find all ranks"):
         try:
-            store = roll_call(open_store(seat, limit), seat, limit)
+            store = roll_call(open_store(rank_info, timeout), rank_info, timeout)
         except dist.DistError:
-            stop(f"rank {seat.rank}: rank 0 has gone, and the store with it")
+            stop(f"rank {rank_info.rank}: rank 0 has gone, and the store with it")
     with timed("init_process_group"):
         dist.init_process_group(
             "gloo" if device.type == "cpu" else None,  # None: PyTorch chooses
             store=store,
-            rank=seat.rank,
-            world_size=seat.world_size,
-            timeout=timedelta(seconds=limit),
+            rank=rank_info.rank,
+            world_size=rank_info.world_size,
+            timeout=timedelta(seconds=timeout),
             device_id=None if device.type == "cpu" else device,  # NCCL connects now, not later
         )
 
 
-def run(seat: Seat, device: torch.device, fail: int | None) -> tuple[list[dict], int]:
-    """Use the group; return the table of who runs where, and the sum of all ranks."""
+def run(args: argparse.Namespace, rank_info: RankInfo, device: torch.device) -> list[bool | None]:
+    """Use the group, and print the table of who runs where."""
     for phase in ("first all_reduce", "second all_reduce"):
         with timed(phase):
-            tensor = torch.tensor(seat.rank, device=device)
+            tensor = torch.tensor(rank_info.rank, device=device)
             dist.all_reduce(tensor)
             total = int(tensor)  # waits for the device
-        if seat.rank == fail:
+        if rank_info.rank == args.fail:
             raise RuntimeError("this rank fails, as --fail asked")
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(device)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    here |= {"backend": dist.get_backend(), "cores": cores, "threads": torch.get_num_threads()}
-    rows: list = [None] * dist.get_world_size()
-    dist.all_gather_object(rows, asdict(seat) | here | {"seconds": SECONDS})
-    return rows, total
+    row = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(device)}
+    row["cores"] = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    row |= {"backend": dist.get_backend(), "threads": torch.get_num_threads()}
+    n = dist.get_world_size()
+    rows: list = [None] * n
+    dist.all_gather_object(rows, asdict(rank_info) | row | {"seconds": SECONDS})
+    print_table(rows)
+    if args.json and rank_info.rank == 0:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    places = {(row["node"], row["local_rank"]) for row in rows}
+    return [
+        check("ranks that are missing", n - len({row["rank"] for row in rows}), 0),
+        check("ranks at a place that is taken", n - len(places), 0),
+        check("ranks with another world size", sum(row["world_size"] != n for row in rows), 0),
+        check("|sum of the ranks - n(n-1)/2|", abs(total - n * (n - 1) // 2), 0),
+    ]
 
 
 def print_table(rows: list[dict]) -> None:
-    first, n = rows[0], len(rows)
+    n = len(rows)
+    first = rows[0]
     kind = torch.device(first["device"]).type
     place = f"met at {first['address']}:{first['port']}" if first["address"] else "met nobody"
-    print(f"{n} rank{'s' * (n > 1)} on {kind}, started by {first['launcher']}, {place}")
+    say(f"{n} rank{'s' * (n > 1)} on {kind}, started by {first['launcher']}, {place}")
     columns = ("rank", "node", "local_rank", "pid", "device", "backend", "cores", "threads")
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
-        print("".join(f"{row[name]!s:>{max(len(name), 6) + 2}}" for name in columns))
+        say("".join(f"{row[name]!s:>{max(len(name), 6) + 2}}" for name in columns))
     for node, host in sorted({(row["node"], row["host"]) for row in rows}):
-        print(f"node {node} is {host}")
-    print(f"{'seconds':<20}{'rank 0':>8}{'slowest':>9}")
+        say(f"node {node} is {host}")
+    say(f"{'seconds':<20}{'rank 0':>8}{'slowest':>9}")
     for phase in first["seconds"]:
         seconds = [row["seconds"][phase] for row in rows]
-        print(f"{phase:<20}{seconds[0]:>8.3f}{max(seconds):>9.3f}")
-    print(f"{'tear-down':<20}{SECONDS['tear-down']:>8.3f}")
-
-
-def check(claim: str, value: int, rank: int) -> bool:
-    if rank == 0 or value:  # a rank for which it does not hold speaks too
-        print(f"check: {claim} = {value} <= 0  {'FAILED' if value else 'ok'}", flush=True)
-    return value == 0
-
-
-def stop(message: str) -> NoReturn:
-    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
-    sys.exit(2)
+        say(f"{phase:<20}{seconds[0]:>8.3f}{max(seconds):>9.3f}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(f"{message}: --help lists the flags")
     parser.add_argument(
         "--timeout", type=float, default=60, help="seconds to wait for the other ranks"
     )
     parser.add_argument("--fail", type=int, help="this rank raises an error; default: none does")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
-    args = parser.parse_args()
-    if not 0 < args.timeout < 1e6:
-        stop(f"--timeout {args.timeout:g} is no number of seconds above 0")
-    if args.json and not args.json.parent.is_dir():
-        stop(f"--json {args.json}: there is no folder {args.json.parent}")
-    return args
+    return parser.parse_args()
 
 
+@record  # so that torchrun's summary names the error
 def main() -> None:
     args = parse_args()
-    seat = find_seat(os.environ)
-    if args.fail is not None and not 0 <= args.fail < seat.world_size:
-        stop(f"--fail {args.fail}, but the ranks are 0 to {seat.world_size - 1}")
-    device = pick_device(args.device, seat)
-    join_group(seat, device, args.timeout)
-    try:
-        rows, total = run(seat, device, args.fail)
-        dist.barrier()  # nobody leaves while another is at work: rank 0 may have the store
-    finally:
-        with timed("tear-down"):
-            dist.destroy_process_group()  # so that the others of a rank that fails need not wait
-    if seat.rank == 0:
-        print_table(rows)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    n, seats = seat.world_size, {(row["node"], row["local_rank"]) for row in rows}
-    held = [
-        check("ranks without a row", n - len({row["rank"] for row in rows}), seat.rank),
-        check("rows in a seat that is taken", len(rows) - len(seats), seat.rank),
-        check(
-            "rows with another world size", sum(row["world_size"] != n for row in rows), seat.rank
-        ),
-        check("|sum of the ranks - n(n-1)/2|", abs(total - n * (n - 1) // 2), seat.rank),
-        check("groups left after the tear-down", int(dist.is_initialized()), seat.rank),
-    ]
-    sys.exit(not all(held))
+    rank_info = find_rank_info(os.environ)
+    os.environ["RANK"] = str(rank_info.rank)  # for say() and check(): srun does not set it
+    device = find_device(args.device, rank_info)
+    join_by_roll_call(rank_info, device, args.timeout)
+    claims = run(args, rank_info, device)
+    dist.barrier()  # nobody leaves while another is at work: rank 0 may have the store
+    dist.destroy_process_group()  # not in a `finally`: on NCCL it would wait for the others
+    sys.exit(conclude(claims))
+
+
+# --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from ch01_single_gpu_baseline.check
+def check(claim: str, value: float, bound: float, at_least: bool = False) -> bool:
+    """Print whether a value keeps its bound, as it must anywhere; a rank where it does not speaks."""
+    held = bool(value >= bound if at_least else value <= bound)  # False for NaN
+    line = f"check: {claim} = {value:.3g} {'>=' if at_least else '<='} {bound:.3g}"
+    if held:
+        say(f"{line}  ok")
+    else:
+        print(f"{line}  FAILED on rank {os.environ.get('RANK', '0')}", flush=True)
+    return held
+
+
+# Copied from ch01_single_gpu_baseline.conclude
+def conclude(claims: list[bool | None]) -> int:
+    """Print the last line of a run, and return its exit code; an `expect` that is None is no check."""
+    judged = [held for held in claims if held is not None]
+    failed = judged.count(False)
+    say(f"{failed} of {len(judged)} checks FAILED" if failed else f"all {len(judged)} checks ok")
+    return int(failed > 0)
+
+
+# Copied from ch01_single_gpu_baseline.say
+def say(line: str) -> None:
+    """Print on rank 0. A reader who has seen enough (`| head`) does not end the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Copied from ch01_single_gpu_baseline.stop
+def stop(message: str) -> NoReturn:
+    """End with one line and exit code 2: the command was wrong, not the program."""
+    sys.stderr.write(message + "\n")  # in one piece: other ranks write too
+    sys.exit(2)
 
 
 if __name__ == "__main__":

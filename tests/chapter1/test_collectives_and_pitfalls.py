@@ -1,40 +1,25 @@
 """The arithmetic behind ch01_collectives, ch01_ddp_pitfalls and ch01_distributed_inference."""
 
-import importlib.util
-import sys
 from argparse import Namespace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+import warm
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-CODE = (
-    Path(__file__).resolve().parents[2] / "chapter1-introduction-to-modern-distributed-ai" / "code"
+CODE = warm.ROOT / "chapter1-introduction-to-modern-distributed-ai" / "code"
+collectives, pitfalls, inference = (
+    warm.load(name, CODE / f"{name}.py")
+    for name in ("ch01_collectives", "ch01_ddp_pitfalls", "ch01_distributed_inference")
 )
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tested_{name}", CODE / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-collectives = load("ch01_collectives")
-pitfalls = load("ch01_ddp_pitfalls")
-inference = load("ch01_distributed_inference")
 
 
 # --- collectives -------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", range(1, 10))
 def test_a_mark_names_one_rank_and_one_chunk_and_no_sum_looks_like_one(ranks: int) -> None:
     marks = [collectives.mark(r, c, ranks) for r in range(ranks) for c in range(ranks)]
@@ -43,34 +28,34 @@ def test_a_mark_names_one_rank_and_one_chunk_and_no_sum_looks_like_one(ranks: in
     assert ranks == 1 or not set(sums) & set(marks)
 
 
-@pytest.mark.parametrize("ranks", range(1, 10))
-def test_collectives_compose(ranks: int) -> None:
+def test_collectives_compose() -> None:
     """Identities between the eight, none of which the script's own definitions use."""
-    expected, start = collectives.expected, collectives.before("all_reduce", ranks)
-    scattered = expected("reduce_scatter", start)
-    assert expected("all_gather", scattered) == expected("all_reduce", start)
-    assert expected("reduce", start)[0] == expected("all_reduce", start)[0]
-    assert expected("all_to_all", expected("all_to_all", start)) == start
+    expected = collectives.expected
+    for ranks in range(1, 10):
+        start = collectives.before("all_reduce", ranks)
+        scattered = expected("reduce_scatter", start)
+        assert expected("all_gather", scattered) == expected("all_reduce", start)
+        assert expected("reduce", start)[0] == expected("all_reduce", start)[0]
+        assert expected("all_to_all", expected("all_to_all", start)) == start
 
-    one = collectives.before("scatter", ranks)
-    assert expected("all_gather", expected("scatter", one)) == expected("broadcast", one)
-    assert expected("gather", expected("scatter", one)) == one
+        one = collectives.before("scatter", ranks)
+        assert expected("all_gather", expected("scatter", one)) == expected("broadcast", one)
+        assert expected("gather", expected("scatter", one)) == one
 
-    own = collectives.before("all_gather", ranks)
-    assert expected("broadcast", expected("gather", own)) == expected("all_gather", own)
+        own = collectives.before("all_gather", ranks)
+        assert expected("broadcast", expected("gather", own)) == expected("all_gather", own)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", range(1, 10))
 def test_factors_add_up(ranks: int) -> None:
     part = {name: row[0](ranks) for name, row in collectives.COLLECTIVES.items()}
     assert part["all_reduce"] == pytest.approx(part["reduce_scatter"] + part["all_gather"])
     if ranks == 1:
         assert not any(part.values()), "one rank has nobody to send to"
+    values = {"1": float(ranks > 1), "(n-1)/n": 1 - 1 / ranks, "2(n-1)/n": 2 - 2 / ranks}
     for name, (_, formula, _) in collectives.COLLECTIVES.items():
-        value = {"1": float(ranks > 1), "(n-1)/n": 1 - 1 / ranks, "2(n-1)/n": 2 - 2 / ranks}[
-            formula
-        ]
-        assert part[name] == pytest.approx(value)
+        assert part[name] == pytest.approx(values[formula])
 
 
 # --- schedules ---------------------------------------------------------------------------------
@@ -87,6 +72,7 @@ class Counter:
         return self.values[key]
 
 
+@pytest.mark.full
 @given(st.permutations(range(7)), st.lists(st.integers(0, 2), min_size=30, max_size=30))
 def test_tickets_hand_out_each_request_once_and_in_order(
     order: list[int], turns: list[int]
@@ -98,18 +84,19 @@ def test_tickets_hand_out_each_request_once_and_in_order(
     assert taken == order
 
 
-def test_measure_counts_busy_and_idle_time() -> None:
+def test_busy_and_idle_time_of_given_answers() -> None:
     answers = [
         inference.Answer(0, 0, 10.0, 13.0, b"abc"),
         inference.Answer(1, 1, 10.0, 11.0, b"d"),
         inference.Answer(2, 1, 11.0, 12.0, b"e"),
     ]
-    run = inference.measure(answers, [13.0, 12.0], 2)
+    run = inference.times_of_run(answers, [13.0, 12.0], 2)
     assert (run["makespan"], run["busy"]) == (3.0, [3.0, 2.0])
     assert run["idle"] == pytest.approx(1 / 6)
     assert (run["bound"], run["longest"], run["wait"]) == (3.0, 3.0, 1.0)
 
 
+@pytest.mark.full
 def test_lengths_are_seeded_clipped_and_heavy_tailed() -> None:
     args = Namespace(requests=2000, seed=3, median=15, longest=150)
     lengths = inference.draw_lengths(args)
@@ -121,6 +108,7 @@ def test_lengths_are_seeded_clipped_and_heavy_tailed() -> None:
     assert sum(lengths) / 2000 > 1.3 * middle
 
 
+@pytest.mark.full
 def test_greedy_decoding_is_a_prefix_of_more_of_it() -> None:
     torch.manual_seed(0)
     model = inference.ByteLM(width=16, layers=1, heads=2, context=8)
@@ -134,6 +122,7 @@ def test_greedy_decoding_is_a_prefix_of_more_of_it() -> None:
 # --- pitfalls ----------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_global_batch_norm_on_one_rank_is_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """With an all-reduce over nobody else: outputs, gradients and statistics agree."""
     monkeypatch.setattr(pitfalls.dist, "all_reduce", lambda tensor: None)
@@ -147,29 +136,3 @@ def test_global_batch_norm_on_one_rank_is_batch_norm(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(ours.running_mean, reference.running_mean)
     torch.testing.assert_close(ours.running_var, reference.running_var)
     torch.testing.assert_close(ours.eval()(x), reference.eval()(x))
-
-
-@pytest.mark.parametrize(
-    ("value", "bound", "at_least", "held"),
-    [
-        (1.0, 1.0, False, True),
-        (1.1, 1.0, False, False),
-        (1.0, 1.0, True, True),
-        (0.9, 1, True, False),
-    ],
-)
-def test_check_says_what_held(
-    value: float,
-    bound: float,
-    at_least: bool,
-    held: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(pitfalls.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(pitfalls.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(
-        pitfalls.dist, "all_gather_object", lambda values, mine: values.__setitem__(0, mine)
-    )
-    assert pitfalls.check("x", value, bound, at_least) is held
-    assert capsys.readouterr().out.endswith("ok\n" if held else "FAILED\n")

@@ -851,6 +851,7 @@ def test_answer(name: str, exercises: Callable[[int], ModuleType]) -> None:
     GRADERS[name](getattr(exercises(2), name))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", GRADERS)
 def test_stub_is_turned_down(name: str) -> None:
     with pytest.raises((NotImplementedError, warm.RankError)) as caught:
@@ -859,6 +860,7 @@ def test_stub_is_turned_down(name: str) -> None:
     assert isinstance(error, NotImplementedError)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "wrong", "because"), MUTANTS, ids=[f"{name}-{m.__name__}" for name, m, _ in MUTANTS]
 )

@@ -172,35 +172,41 @@ def whoever_is_ready(sizes: Any, ready: Any, first: int, cap: int, a: float, b: 
     return buckets, sent_one_by_one(sizes, starts, order, a, b) - max(ready)
 
 
-def ddp_in_rank(cap_mib: float | None) -> tuple[list[int], list[int]]:
-    """Bytes of a model's gradients in the order of the first backward, and of DDP's messages."""
-    torch.manual_seed(0)
-    width = 256 if cap_mib is None else 32  # 8 layers have 2 MiB or 33 KiB
-    model = DistributedDataParallel(
-        nn.Sequential(*(nn.Linear(width, width) for _ in range(8))), bucket_cap_mb=cap_mib
-    )
-    order: list[int] = []
-    hooks = [
-        p.register_post_accumulate_grad_hook(lambda p: order.append(p.nbytes))
-        for p in model.parameters()
-    ]
-    for _ in range(2):  # the buckets are rebuilt after the first backward
-        with Traffic() as traffic:
-            model(torch.ones(1, width)).sum().backward()
-        while hooks:
-            hooks.pop().remove()
-    return order, [nbytes for name, nbytes, _ in traffic.calls if name == "allreduce_"]
+CAPS = (None, 0.005, 1e-6)  # MiB; None: PyTorch's own
 
 
-@pytest.mark.parametrize(
-    ("cap_mib", "first", "cap"),
-    [(None, MIB, 25 * MIB), (0.005, 5242, 5242), (1e-6, 1, 1)],
-)
-def test_ddp_fills_its_buckets_so(cap_mib: float | None, first: int, cap: int) -> None:
+def ddp_in_rank() -> list[tuple[list[int], list[int]]]:
+    """For each cap: bytes of a model's gradients in the order of the first backward, and of DDP's
+    messages."""
+    found = []
+    for cap_mib in CAPS:
+        torch.manual_seed(0)
+        width = 256 if cap_mib is None else 32  # 8 layers have 2 MiB or 33 KiB
+        model = DistributedDataParallel(
+            nn.Sequential(*(nn.Linear(width, width) for _ in range(8))), bucket_cap_mb=cap_mib
+        )
+        order: list[int] = []
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, order=order: order.append(p.nbytes))
+            for p in model.parameters()
+        ]
+        for _ in range(2):  # the buckets are rebuilt after the first backward
+            with Traffic() as traffic:
+                model(torch.ones(1, width)).sum().backward()
+            while hooks:
+                hooks.pop().remove()
+        found.append((order, [nbytes for name, nbytes, _ in traffic.calls if name == "allreduce_"]))
+    return found
+
+
+def test_ddp_fills_its_buckets_so() -> None:
     """The rule of exercise 1 is what DDP does: the messages of a real step have these sizes."""
-    for sizes, sent in warm.fork_ranks(ddp_in_rank, 2, cap_mib):
-        assert len(sizes) == 16
-        assert sent == [sum(sizes[i] for i in bucket) for bucket in ddp_buckets(sizes, first, cap)]
+    limits = [(MIB, 25 * MIB), (5242, 5242), (1, 1)]  # of the first bucket, and of the others
+    for found in warm.fork_ranks(ddp_in_rank, 2):
+        for (sizes, sent), (first, cap) in zip(found, limits, strict=True):
+            assert len(sizes) == 16
+            buckets = ddp_buckets(sizes, first, cap)
+            assert sent == [sum(sizes[i] for i in bucket) for bucket in buckets]
 
 
 # --- 2. accumulate -----------------------------------------------------------------------------
@@ -251,8 +257,8 @@ def accumulated_in_rank(at: Address, cases: list[tuple[list[int], bool]]) -> lis
     done = []
     for numbers, padding in cases:
         torch.manual_seed(0)
-        alone, inner = TinyLM().double(), TinyLM().double()
-        inner.load_state_dict(alone.state_dict())
+        reference, inner = TinyLM().double(), TinyLM().double()
+        inner.load_state_dict(reference.state_dict())
         model = DistributedDataParallel(inner, bucket_cap_mb=0.0005)
         ranks = couples(numbers, padding)
         for _ in range(2):  # DDP rebuilds its buckets after the first
@@ -263,11 +269,11 @@ def accumulated_in_rank(at: Address, cases: list[tuple[list[int], bool]]) -> lis
         returned, calls = watched(at, model, ranks[dist.get_rank()])
 
         everything = list(itertools.chain(*ranks))
-        logits = torch.cat([alone(tokens).flatten(0, 1) for tokens, _ in everything])
+        logits = torch.cat([reference(tokens).flatten(0, 1) for tokens, _ in everything])
         targets = torch.cat([targets.flatten() for _, targets in everything])
         mean = F.cross_entropy(logits, targets, ignore_index=IGNORED)
         mean.backward()
-        pairs: Any = zip(inner.parameters(), alone.parameters(), strict=True)
+        pairs: Any = zip(inner.parameters(), reference.parameters(), strict=True)
         difference = max((p.grad - q.grad).abs().max().item() for p, q in pairs)
         own = [call for call in usual.calls if call[0] == "allreduce_"]
         done.append((returned, mean.item(), difference, calls, own, "".join(inner.events)))
@@ -428,8 +434,8 @@ class Given(TorchDispatchMode):
         name = operator.name().split("::")[1].split(".")[0]
         if "c10d" in operator.namespace and "wait" not in name and "wrap" not in name:
             into = operator.namespace == "c10d" and ("gather" in name or "scatter" in name)
-            mine = args[1] if into else args[0]  # where the result comes first, we come second
-            tensors = mine if isinstance(mine, list | tuple) else [mine]
+            given = args[1] if into else args[0]  # where the result comes first, it comes second
+            tensors = given if isinstance(given, list | tuple) else [given]
             self.calls.append((name, sum(t.nbytes for t in tensors if hasattr(t, "nbytes"))))
         return operator(*args, **(kwargs or {}))
 
@@ -502,9 +508,9 @@ def expect_sparse(runs: Sequence[Sent], count: int, k: int, whole: bool, at: str
         due = min(k, int((before != 0).sum()))
         assert number == due, f"{at}: rank {rank} sent {number} elements, {due} are due"
     right = torch.stack([before - after for _, before, after, _, _ in runs]).double().mean(0)
-    off = (runs[0][0].double() - right).abs().max().item()
+    error = (runs[0][0].double() - right).abs().max().item()
     bound = 0 if whole else 1e-5
-    assert off <= bound, f"{at}: {off:.2g} off the mean of what was sent"
+    assert error <= bound, f"{at}: {error:.2g} off the mean of what was sent"
 
 
 def picked(residual: torch.Tensor, of: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -515,9 +521,9 @@ def picked(residual: torch.Tensor, of: torch.Tensor, k: int) -> tuple[torch.Tens
     return indices, values
 
 
-def gathered(mine: torch.Tensor) -> list[torch.Tensor]:
-    all_of_it = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_it, mine)
+def gathered(own: torch.Tensor) -> list[torch.Tensor]:
+    all_of_it = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_it, own)
     return all_of_it
 
 
@@ -1018,8 +1024,8 @@ def expect_newest(answer: Answer, folder: Path, right: Any, what: str) -> None:
     ):
         got = found(answer, folder, what)
     if got is None or right is None:
-        said = got if got is None else f"step {got[0]}"
-        assert got == right, f"{what}: {said}, not {right if right is None else right[0]}"
+        answered = got if got is None else f"step {got[0]}"
+        assert got == right, f"{what}: {answered}, not {right if right is None else right[0]}"
     else:
         assert got[0] == right[0], f"{what}: step {got[0]}, not {right[0]}"
         assert got[1] == right[1], f"{what}: step {got[0]}, but other bytes than were saved"
@@ -1407,6 +1413,7 @@ def test_answer(name: str, exercises: Callable[[int], ModuleType]) -> None:
     GRADERS[name](getattr(exercises(3), name))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", GRADERS)
 def test_stub_is_turned_down(name: str) -> None:
     with pytest.raises((NotImplementedError, warm.RankError)) as caught:
@@ -1415,6 +1422,7 @@ def test_stub_is_turned_down(name: str) -> None:
     assert isinstance(error, NotImplementedError)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "wrong", "because"), MUTANTS, ids=[f"{name}-{m.__name__}" for name, m, _ in MUTANTS]
 )

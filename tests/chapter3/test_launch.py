@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import book
-import checks
 import kubernetes_validate
 import pytest
 import slurm
@@ -24,7 +23,8 @@ import yaml
 CODE = Path("chapter3-distributed-training-with-pytorch-ddp/code")
 INIT, LAUNCH = CODE / "train_init.py", CODE / "launch"
 Run = Callable[..., warm.Result]
-CHECKS = 5  # that train_init prints
+LAST = "all 4 checks ok\n"  # of what train_init prints
+full = pytest.mark.full
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,21 @@ def table(stdout: str) -> list[tuple[int, int, int]]:
     return [(int(a), int(b), int(c)) for a, b, c in rows]
 
 
-def agree(stdout: str, seats: list[tuple[int, int, int]]) -> None:
-    assert table(stdout) == seats, stdout
-    assert len(re.findall(r"^check: .* ok$", stdout, re.M)) == CHECKS, stdout
-    assert "FAILED" not in stdout
+def agree(stdout: str, places: list[tuple[int, int, int]]) -> None:
+    assert table(stdout) == places, stdout
+    assert stdout.endswith(LAST), stdout
 
 
 # --- train_init.py -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@full
+@pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_every_world_size(run: Run, world_size: int, tmp_path: Path) -> None:
-    record = tmp_path / "seats.json"
+    record = tmp_path / "places.json"
     command = f"torchrun --nproc_per_node={world_size} {INIT} --json {record}"
     result = run(command)
-    parsed = book.parse_command(command)
-    problems = checks.evidence(parsed, result)
-    assert not problems, checks.report(parsed, result, problems)
-    assert result.stderr == ""
+    assert (result.returncode, result.stderr) == (0, "")
     assert "started by torchrun" in result.stdout
     agree(result.stdout, [(rank, 0, rank) for rank in range(world_size)])
     rows = json.loads(record.read_text())
@@ -106,6 +103,7 @@ def test_every_world_size(run: Run, world_size: int, tmp_path: Path) -> None:
     assert {row["threads"] for row in rows} == {1 if world_size > 1 else rows[0]["threads"]}
 
 
+@full
 def test_alone_without_a_launcher(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)):
         result = run(f"python {INIT}")
@@ -114,60 +112,41 @@ def test_alone_without_a_launcher(run: Run) -> None:
     agree(result.stdout, [(0, 0, 0)])
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("--timeout 0", "--timeout 0"),
-        ("--timeout nan", "--timeout nan"),
-        ("--fail 1", "--fail 1, but the ranks are 0 to 0"),
-        ("--fail -1", "--fail -1"),
-        ("--device abacus", "1 ranks, but 0 abacus devices: type --device cpu"),
-        ("--no-such-flag", "--help"),
-        ("--json no-such-folder/x.json", "no-such-folder"),
-    ],
-)
-def test_bad_input_gets_one_line(run: Run, line: str, says: str) -> None:
-    result = run(f"python {INIT} {line}")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert says in result.stderr
+HALF = [
+    ({"RANK": "0"}, "MASTER_ADDR is missing: type  torchrun"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, "MASTER_PORT is missing"),
+    ({"RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "here"}, "WORLD_SIZE is missing"),
+    (by_hand(2, 2, 1), "RANK=2, but WORLD_SIZE=2: ranks count from 0"),
+    (by_hand(0, 2, 1, LOCAL_WORLD_SIZE="1"), "type --device cuda, or --device cpu"),
+]
 
 
-@pytest.mark.parametrize(
-    ("variables", "says"),
-    [
-        ({"RANK": "0"}, "MASTER_ADDR is missing: type  torchrun"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR is missing"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, "MASTER_PORT is missing"),
-        ({"RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "here"}, "WORLD_SIZE is missing"),
-        (by_hand(2, 2, 1), "RANK=2, but WORLD_SIZE=2: ranks count from 0"),
-        (by_hand(0, 2, 1, LOCAL_RANK="first"), "LOCAL_RANK is first"),
-        (by_hand(-1, 2, 1), "RANK is -1"),
-    ],
-)
-def test_half_an_environment(ranks: Ranks, variables: dict[str, str], says: str) -> None:
-    ranks.start([INIT], variables)
-    ended = ranks.end(0)
-    assert (ended.code, ended.stdout) == (2, "")
-    assert ended.stderr.count("\n") == 1, ended.stderr
-    assert says in ended.stderr
+@full
+def test_half_an_environment(ranks: Ranks) -> None:
+    for variables, _ in HALF:
+        ranks.start([INIT], variables)
+    for number, (_, says) in enumerate(HALF):
+        ended = ranks.end(number)
+        assert (ended.code, ended.stdout) == (2, "")
+        assert ended.stderr.count("\n") == 1, ended.stderr
+        assert says in ended.stderr
 
 
 @pytest.mark.parametrize(
     ("told", "says"),
     [
         # WORLD_SIZE by rank, for those that come; what the last one, rank 0 if it comes, has to say
-        ({2: 3, 0: 3}, "rank 0: WORLD_SIZE=3, but rank 1: missing, after 2 s"),
-        ({1: 3, 0: 2}, "rank 0: WORLD_SIZE=2, but rank 1: WORLD_SIZE=3, after 2 s"),
-        ({1: 2, 0: 3}, "rank 0: WORLD_SIZE=3, but rank 1: WORLD_SIZE=2, rank 2: missing"),
-        ({1: 2}, "rank 1: no rank 0 at 127.0.0.1"),
+        ({2: 3, 0: 3}, "rank 0: WORLD_SIZE=3, but rank 1: missing, after 1 s"),
+        pytest.param(
+            {1: 2, 0: 3}, "WORLD_SIZE=3, but rank 1: WORLD_SIZE=2, rank 2: missing", marks=full
+        ),
+        pytest.param({1: 2}, "rank 1: no rank 0 at 127.0.0.1", marks=full),
     ],
 )
 def test_who_is_missing(ranks: Ranks, told: dict[int, int], says: str) -> None:
     (port,) = slurm.free_ports(1)
     for rank, world_size in told.items():
-        patience = 2 if rank == min(told) else 20
+        patience = 1 if rank == min(told) else 20
         ranks.start([INIT, "--timeout", patience], by_hand(rank, world_size, port))
     ended = [ranks.end(number, timeout=15) for number in range(len(told))]
     assert [(e.code, e.stdout) for e in ended] == [(2, "")] * len(told)
@@ -178,6 +157,7 @@ def test_who_is_missing(ranks: Ranks, told: dict[int, int], says: str) -> None:
         assert "Traceback" not in other.stderr
 
 
+@full
 def test_port_that_is_taken(ranks: Ranks) -> None:
     with socket.create_server(("0.0.0.0", 0)) as other:
         port = other.getsockname()[1]
@@ -190,6 +170,7 @@ def test_port_that_is_taken(ranks: Ranks) -> None:
     )
 
 
+@full
 def test_rank_0_comes_last(ranks: Ranks) -> None:
     """The others knock before there is a store, and wait without a word."""
     (port,) = slurm.free_ports(1)
@@ -200,60 +181,26 @@ def test_rank_0_comes_last(ranks: Ranks) -> None:
     agree(ended[2].stdout, [(rank, 0, rank) for rank in range(3)])
 
 
+def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    """By torchrun itself: on gloo the others notice at once, and @record gives it the error."""
+    command = book.parse_command(f"torchrun --nproc_per_node=3 {warm.ROOT / INIT} --fail 1")
+    result = warm.run_cold(command, tmp_path, 60)
+    assert result.returncode == 1
+    cause = result.stderr.partition("Root Cause (first observed failure):")[2]
+    assert re.search(r"rank +: 1 \(local_rank: 1\)", cause), result.stderr
+    assert "RuntimeError: this rank fails, as --fail asked" in cause
+
+
+@full
 def test_a_rank_that_raises_takes_the_others_with_it(ranks: Ranks) -> None:
+    """Without a launcher that would end them."""
     (port,) = slurm.free_ports(1)
     for rank in range(3):
-        ranks.start([INIT, "--fail", 1], by_hand(rank, 3, port))
+        ranks.start([INIT, "--timeout", 600, "--fail", 1], by_hand(rank, 3, port))
     for number in range(3):
-        ended = ranks.end(number)
+        ended = ranks.end(number, timeout=60)
         assert ended.code == 1
         assert "RuntimeError" in ended.stderr
-        assert ended.seconds < 20  # of the 60 that --timeout allows
-
-
-LINGER = """
-import runpy, sys, time
-from pathlib import Path
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except RuntimeError as caught:
-    error = caught  # as a notebook keeps it
-    Path(__file__).with_suffix('.raised').touch()
-while not Path(__file__).with_suffix(".stop").exists():
-    time.sleep(0.05)
-"""
-
-
-def others_end(ranks: Ranks, script: Path, timeout: float) -> bool:
-    """Whether rank 0 ends when rank 1 has raised, and its process lives on."""
-    (port,) = slurm.free_ports(1)
-    linger = ranks.folder / "linger.py"
-    linger.write_text(LINGER)
-    ranks.start([script, "--fail", 1], by_hand(0, 2, port))
-    ranks.start([linger, script, "--fail", 1], by_hand(1, 2, port))
-    deadline = time.monotonic() + 30
-    while not linger.with_suffix(".raised").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert linger.with_suffix(".raised").exists()
-    ended = ranks.end(0, timeout)
-    assert ended.code in (None, 1)
-    linger.with_suffix(".stop").touch()
-    assert ranks.end(1).code == 0
-    return ended.code == 1
-
-
-def test_tear_down_after_an_error(ranks: Ranks) -> None:
-    assert others_end(ranks, INIT, timeout=30)
-
-
-def test_without_tear_down_the_others_hang(ranks: Ranks, tmp_path: Path) -> None:
-    mutant = mutate(tmp_path, "    finally:\n        with timed", "    else:\n        with timed")
-    text = mutant.read_text()
-    mutant.write_text(
-        text.replace("    else:\n", "    except KeyError:\n        pass\n    else:\n")
-    )
-    assert not others_end(ranks, mutant, timeout=2)
 
 
 def mutate(folder: Path, right: str, wrong: str) -> Path:
@@ -264,14 +211,13 @@ def mutate(folder: Path, right: str, wrong: str) -> Path:
     return mutant
 
 
+@full
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
         ("dist.all_reduce(tensor)", "pass"),
-        ("dist.destroy_process_group()", "pass"),
-        ("asdict(seat) | here", 'asdict(seat) | {"local_rank": 0} | here'),
-        ("asdict(seat) | here", 'asdict(seat) | {"rank": 0} | here'),
-        ("asdict(seat) | here", 'asdict(seat) | {"world_size": 2 + seat.rank} | here'),
+        ("asdict(rank_info) | row", 'asdict(rank_info) | {"local_rank": 0} | row'),
+        ("asdict(rank_info) | row", 'asdict(rank_info) | {"rank": 0} | row'),
     ],
 )
 def test_mutants_are_caught(ranks: Ranks, tmp_path: Path, right: str, wrong: str) -> None:
@@ -316,15 +262,16 @@ def restarts(ranks: Ranks, script: Path) -> bool:
     return True
 
 
+@full
 def test_ranks_start_again_on_the_same_store(ranks: Ranks) -> None:
     assert restarts(ranks, INIT)
 
 
+@full
 def test_ranks_that_trust_the_store_meet_the_dead(ranks: Ranks, tmp_path: Path) -> None:
     """What init_process_group does by itself in torch 2.13: old addresses stay in the store."""
-    mutant = mutate(
-        tmp_path, "roll_call(open_store(seat, limit), seat, limit)", "open_store(seat, limit)"
-    )
+    store = "open_store(rank_info, timeout)"
+    mutant = mutate(tmp_path, f"roll_call({store}, rank_info, timeout)", store)
     assert not restarts(ranks, mutant)
 
 
@@ -343,6 +290,7 @@ for nodes, tasks, node in json.loads(sys.argv[2]):
 """
 
 
+@full
 def test_lists_of_nodes_and_tasks(ranks: Ranks) -> None:
     """As `scontrol show hostnames` reads them, and as srun's manual writes them."""
     cases = [
@@ -359,17 +307,17 @@ def test_lists_of_nodes_and_tasks(ranks: Ranks) -> None:
     assert ended.stdout.splitlines() == [f"{case[3]} 15001" for case in cases], ended.stderr
 
 
-def imitate_srun(ranks: Ranks, script: Path, patience: float = 30) -> list[dict[str, Any]]:
+def imitate_srun(ranks: Ranks, script: Path, timeout: float = 30) -> list[dict[str, Any]]:
     """Start three tasks with the variables that srun gave such tasks; the table that they wrote."""
     (port,) = slurm.free_ports(1)
     step = {"SLURM_JOB_ID": str(port - 15_000), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3"}
     step |= {"SLURM_STEP_NODELIST": "127.0.0.[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     step |= {"SLURM_STEP_NUM_NODES": "2"}
-    record = ranks.folder / "seats.json"
+    record = ranks.folder / "places.json"
     for rank, node, local_rank in reversed(TASKS):
         task = {"SLURM_PROCID": rank, "SLURM_NODEID": node, "SLURM_LOCALID": local_rank}
         ranks.start(
-            [script, "--timeout", patience, "--json", record],
+            [script, "--device", "cpu", "--timeout", timeout, "--json", record],
             step | {name: str(number) for name, number in task.items()},
         )
     codes = [ranks.end(number).code for number in range(len(TASKS))]
@@ -377,11 +325,11 @@ def imitate_srun(ranks: Ranks, script: Path, patience: float = 30) -> list[dict[
 
 
 def is_srun(rows: list[dict[str, Any]]) -> bool:
-    seats = [(row["rank"], row["node"], row["local_rank"]) for row in rows]
-    places = {(row["launcher"], row["address"]) for row in rows}
+    places = [(row["rank"], row["node"], row["local_rank"]) for row in rows]
+    origins = {(row["launcher"], row["address"]) for row in rows}
     return (
-        seats == TASKS
-        and places == {("srun", "127.0.0.1")}
+        places == TASKS
+        and origins == {("srun", "127.0.0.1")}
         and [row["ranks_here"] for row in rows] == [2, 2, 1]
     )
 
@@ -390,6 +338,7 @@ def test_variables_of_srun(ranks: Ranks) -> None:
     assert is_srun(imitate_srun(ranks, INIT))
 
 
+@full
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -402,7 +351,7 @@ def test_variables_of_srun(ranks: Ranks) -> None:
     ],
 )
 def test_wrong_variables_of_srun(ranks: Ranks, tmp_path: Path, right: str, wrong: str) -> None:
-    assert not is_srun(imitate_srun(ranks, mutate(tmp_path, right, wrong), patience=0.7))
+    assert not is_srun(imitate_srun(ranks, mutate(tmp_path, right, wrong), timeout=0.7))
 
 
 # --- two nodes: the launch script, as the Kubernetes manifest calls it ---------------------------
@@ -415,6 +364,7 @@ def manifest() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     return service, job, container
 
 
+@full
 def test_manifest_is_of_the_published_schema() -> None:
     for document in manifest()[:2]:
         assert kubernetes_validate.validate(document, "1.37", strict=True)
@@ -451,6 +401,7 @@ def test_manifest_agrees_with_itself() -> None:
         assert f'"{flag}"' in trainer
 
 
+@full
 def test_two_nodes(tmp_path: Path) -> None:
     """Two torchruns on this machine, as two pods would start them: 2 x 2 ranks that agree."""
     container = manifest()[2]
@@ -462,7 +413,7 @@ def test_two_nodes(tmp_path: Path) -> None:
         agents = []
         for index in (1, 0):  # node 1 comes first, and waits
             agent = subprocess.Popen(
-                container["command"],
+                [*container["command"], "--device", "cpu"],
                 cwd=warm.ROOT,
                 env=warm.environment() | variables | {"NODE_RANK": str(index)},
                 stdout=subprocess.PIPE,
@@ -478,6 +429,7 @@ def test_two_nodes(tmp_path: Path) -> None:
     agree(stdout, [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)])
 
 
+@full
 def test_launch_script_without_variables() -> None:
     done = subprocess.run(
         ["bash", LAUNCH / "torchrun_two_nodes.sh"],
@@ -527,13 +479,15 @@ def submit_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@full
 def test_srun_without_torchrun(cluster: slurm.Cluster, submit_folder: Path) -> None:
-    command = f"srun --nodes=2 --ntasks=3 --overcommit python {INIT} --json seats.json".split()
+    command = f"srun --nodes=2 --ntasks=3 --overcommit python {INIT} --device cpu".split()
+    command += ["--json", "places.json"]
     done = cluster.run(*command, cwd=submit_folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 ranks on cpu, started by srun, met at 127.0.0.1:")
     agree(done.stdout, TASKS)
-    assert is_srun(json.loads((submit_folder / "seats.json").read_text()))
+    assert is_srun(json.loads((submit_folder / "places.json").read_text()))
 
 
 TORCHRUN = """#!/usr/bin/env bash
@@ -546,6 +500,7 @@ exec {torchrun} "$@"
 """
 
 
+@full
 def test_job_that_is_signalled_and_comes_back(cluster: slurm.Cluster, submit_folder: Path) -> None:
     programs = submit_folder / "bin"
     programs.mkdir()
@@ -556,7 +511,7 @@ def test_job_that_is_signalled_and_comes_back(cluster: slurm.Cluster, submit_fol
     export = f"--export=ALL,PATH={path},SCRIPT={INIT}"
     small = ("--gpus-per-node=1", "--cpus-per-task=1", "--time=5", export)  # than the script asks
     submitted = cluster.run(
-        "sbatch", "--parsable", *small, str(LAUNCH / "ddp.sbatch"), "--timeout", "30",
+        "sbatch", "--parsable", *small, str(LAUNCH / "ddp.sbatch"), "--device", "cpu",
         cwd=submit_folder,
     )  # fmt: skip
     number = submitted.stdout.strip()

@@ -1,229 +1,40 @@
-"""Buckets and overlap: the arithmetic of intervals, other world sizes, traces of GPUs, broken scripts."""
+"""Buckets and overlap: the arithmetic of intervals, traces of GPUs, clocks that differ, mutants."""
 
 import functools
 import gzip
 import itertools
 import json
-import re
+import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
-import book
 import checks
 import pytest
 import torch
+import torch.distributed as dist
 import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutants import failed_claims
 
 CODE = Path("chapter3-distributed-training-with-pytorch-ddp/code")
+BUCKETS = warm.ROOT / CODE / "ddp_bucketing_overlap.py"
+PROFILE = warm.ROOT / CODE / "profile_ddp.py"
+# 6 layers of 4 KiB: backward takes 24 ms, the stand-in's link 3 ms a message and 12 ms for all bytes
+SIX_LAYERS = "--layers 6 --width 32 --rows 8 --rounds 3 --pace 4 --latency 3 --slow-link 0.002"
+ONE_LAYER = "--steps 2 --batch 2 --context 48 --width 24 --layers 1"
 Run = Callable[..., warm.Result]
 Spans = list[tuple[int, int]]
-# 6 layers of 4 KiB: backward takes 24 ms, the stand-in's link 3 ms a message and 12 ms for all bytes
-BUCKETS = (
-    "ddp_bucketing_overlap.py --layers 6 --width 32 --rows 8 --bucket-kib 4 10 24"
-    " --rounds 3 --pace 4 --latency 3 --slow-link 0.002"
-)
-PROFILE = (
-    "profile_ddp.py --steps 2 --cycles 1 --batch 2 --context 48 --width 24 --layers 1 --heads 3"
-)
-PROFILE += " --data README.md"  # a fixed text
-
-
-def torchrun(world_size: int, line: str) -> str:
-    return f"torchrun --nproc_per_node={world_size} {CODE}/{line}"
-
-
-@pytest.mark.parametrize(
-    ("world_size", "line"),
-    [
-        *((n, f"{BUCKETS} --seed {n}") for n in (1, 3, 4)),
-        (2, f"{BUCKETS} --slow-link 0"),  # the real link alone
-        *((n, f"{PROFILE} --seed {n}") for n in (1, 4)),
-        (2, f"{PROFILE} --straggler 0 25"),
-        (3, f"{PROFILE} --straggler 1 25 --cycles 2"),
-    ],
-)
-def test_every_world_size(run: Run, line: str, world_size: int) -> None:
-    """A script's own checks are the test: it compares itself with one process."""
-    command = torchrun(world_size, line)
-    result = run(command)
-    parsed = book.parse_command(command)
-    problems = checks.evidence(parsed, result)
-    assert not problems, checks.report(parsed, result, problems)
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (BUCKETS, "torchrun --nproc_per_node=2"),
-        (PROFILE, "torchrun --nproc_per_node=2"),
-        (f"{BUCKETS} --bucket-kib 0", "--bucket-kib"),
-        (f"{BUCKETS} --latency -1", "--latency"),
-        (f"{BUCKETS} --slow-link nan", "--slow-link"),
-        (f"{BUCKETS} --plot /dev/null/x.svg", "/dev/null/x.svg"),
-        (f"{PROFILE} --straggler 2 10", "a rank below 2"),
-        (f"{PROFILE} --straggler 0.5 10", "a rank below 2"),
-        (f"{PROFILE} --straggler 1 0", "more than 0 ms"),
-        (f"{PROFILE} --out /dev/null/x", "/dev/null/x"),
-        (f"{PROFILE} --json no-such-folder/x.json", "no-such-folder"),
-        (f"{PROFILE} --width 25", "--heads 3"),
-    ],
-)
-def test_bad_input_gets_one_line(run: Run, line: str, says: str) -> None:
-    result = run(f"python {CODE}/{line}")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert says in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("world_size", "line", "says"),
-    [
-        (1, f"{PROFILE} --straggler 0 10", "nobody would wait"),
-        (2, f"{PROFILE} --data no-such-file", "give a text file with --data FILE"),
-        (2, f"{BUCKETS} --device abacus", "2 ranks, but 0 abacus devices: type --device cpu"),
-    ],
-)
-def test_bad_input_to_several_ranks(run: Run, world_size: int, line: str, says: str) -> None:
-    """Each rank says the one line; none hangs, none prints a traceback."""
-    result = run(torchrun(world_size, line), timeout=30)
-    assert result.returncode not in (0, warm.TIMED_OUT)
-    assert {says in line for line in result.stderr.splitlines()} == {True}, result.stderr
-
-
-def run_changed(run: Run, checkout: Path, line: str, *changes: tuple[str, str]) -> warm.Result:
-    """Run a script of two ranks after some changes to its text."""
-    name, _, flags = line.partition(" ")
-    source = (checkout / CODE / name).read_text()
-    for right, wrong in changes:
-        assert source.count(right) == 1, right
-        source = source.replace(right, wrong)
-    mutant = checkout / CODE / f"mutant_{name}"
-    mutant.write_text(source)
-    result = run(torchrun(2, f"{mutant.name} {flags}"), timeout=40)
-    mutant.unlink()
-    return result
-
-
-REAL = f"{BUCKETS} --slow-link 0"
-LATE = f"{PROFILE} --straggler 1 25"
-
-
-@pytest.mark.parametrize(
-    ("line", "right", "wrong", "fails"),
-    [
-        # the first bucket stays what this rank found
-        (REAL, "return link.average(bucket.buffer())",
-         "return link.average(bucket.buffer()) if bucket.index() else noop_hook(None, bucket)",
-         "gradient at any size"),
-        # a sum for a mean
-        (REAL, "tensor.div_(dist.get_world_size())", "tensor", "gradient at any size"),
-        # an all-reduce that the trace's reader loses
-        (REAL, "sends = list(zip(calls, ends, strict=True))", "sends = list(zip(calls, ends))[1:]",
-         "all-reduces in the traces"),
-        # an operator within an operator counts twice
-        (REAL, "joined[-1] = joined[-1][0], max(end, joined[-1][1])", "joined.append((begin, end))",
-         "hidden + exposed"),
-        # backward goes on only when the bucket has arrived
-        (BUCKETS, "return link.average(bucket.buffer())",
-         "sent = link.average(bucket.buffer()); sent.wait(); return sent", "predicted step"),
-        # buckets that are sent before there is a gradient in them
-        (BUCKETS, "gone = max(gone, ready) +", "gone = gone +", "predicted step"),
-        (PROFILE, "joined[-1] = joined[-1][0], max(end, joined[-1][1])",
-         "joined.append((begin, end))", "compute + exposed + idle"),
-        # the first to call is blamed, not the last
-        (LATE, "waits[call.index(max(call))]", "waits[call.index(min(call))]", "rank found late"),
-        # computing in an all-reduce is taken for waiting, and waiting for nothing
-        (LATE, "free = gaps(core, *step)", "free = core", "compute + exposed + idle"),
-        (PROFILE, '{"name": f"rank {rank}"}', '{"name": "rank"}', "merged.json.gz"),
-        (PROFILE, 'event["ts"] + shift / 1e3', 'event["ts"] / 2', "off the loop's clock"),
-    ],
-)  # fmt: skip
-def test_mutants_are_caught(
-    run: Run, checkout: Path, line: str, right: str, wrong: str, fails: str
-) -> None:
-    """Break the script: its own checks must see it, and its exit code must say so."""
-    result = run_changed(run, checkout, line, (right, wrong))
-    assert result.returncode not in (0, warm.TIMED_OUT), result.stdout
-    failed = [line for line in result.stdout.splitlines() if line.endswith("FAILED")]
-    assert any(fails in line for line in failed), result.stdout + result.stderr
-
-
-SKEW = (  # rank 1's clock is 80 ms ahead, that of its profiler too
-    ("return time.time_ns()", "return time.time_ns() + 80_000_000 * dist.get_rank()"),
-    ('found["trace"]["baseTimeNanoseconds"]',
-     'found["trace"]["baseTimeNanoseconds"] + 80_000_000 * rank'),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("align", [True, False])
-def test_clocks_that_differ(run: Run, checkout: Path, align: bool) -> None:
-    """Pings find the offset. Without it the wrong rank is late, and all-reduces end too early."""
-    changes = SKEW if align else (*SKEW, (" - (ahead if abs(ahead) > doubt else 0)", ""))
-    result = run_changed(run, checkout, f"{PROFILE} --straggler 0 25", *changes)
-    failed = [line for line in result.stdout.splitlines() if line.endswith("FAILED")]
-    offset = re.search(r"^clocks +(\S+) us", result.stdout, re.M)
-    assert offset, result.stdout + result.stderr
-    assert abs(int(offset[1]) - 80_000) < 1_000
-    assert any("one machine's clocks" in line for line in failed), result.stdout
-    assert any("ends before its last call" in line for line in failed) is not align
-    assert any("rank found late" in line for line in failed) is not align
-    if align:
-        assert len(failed) == 1, result.stdout
-
-
-def test_merged_trace(run: Run, checkout: Path, tmp_path: Path) -> None:
-    """One file with all that the ranks' files have, the ranks as processes; the table as JSON."""
-    out, record, picture = tmp_path / "traces", tmp_path / "table.json", tmp_path / "step.svg"
-    flags = f"--out {out} --json {record} --plot {picture}"
-    result = run(torchrun(3, f"{PROFILE} {flags}"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert not checks.drawn(picture)
-    names = ["merged.json.gz", "rank0.json.gz", "rank1.json.gz", "rank2.json.gz"]
-    assert sorted(path.name for path in out.iterdir()) == names
-    merged, *ranks = (
-        json.loads(gzip.decompress((out / name).read_bytes()))["traceEvents"] for name in names
-    )
-    for rank, events in enumerate(ranks):
-        mine = [event for event in merged if event["pid"] == rank]
-        for phase in "sf":
-            assert sum(e["ph"] == phase for e in mine) == sum(e["ph"] == phase for e in events)
-        spans = sorted(
-            (e["name"], e["dur"]) for e in events if e["ph"] == "X" and e["cat"] != "Trace"
-        )
-        assert spans == sorted((e["name"], e["dur"]) for e in mine if e["ph"] == "X")
-        named = {event["tid"] for event in mine if event["name"] == "thread_name"}
-        assert {event["tid"] for event in mine if event["ph"] == "X"} <= named
-    arrows = [event["id"] for event in merged if event["ph"] == "s"]
-    assert len(arrows) == len(set(arrows))
-    table = json.loads(record.read_text())["table"]
-    assert [len(row) for row in table] == [3, 3]
-
-
-def test_plot_and_json(run: Run, checkout: Path, tmp_path: Path) -> None:
-    picture, record = tmp_path / "buckets.svg", tmp_path / "buckets.json"
-    result = run(torchrun(2, f"{BUCKETS} --plot {picture} --json {record}"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "worst error of a predicted step" in result.stdout
-    assert not checks.drawn(picture)
-    found = json.loads(record.read_text())
-    assert list(found) == ["stand-in", "gloo"]
-    buckets = [len(row["buckets"]) for row in found["stand-in"]["sizes"].values()]
-    assert buckets == [6, 2, 1]  # a bucket closes when it has 10 KiB or more: 12 KiB
-
-
-# --- the arithmetic alone ----------------------------------------------------------------------
 
 
 @functools.cache
-def scripts() -> tuple[ModuleType, ModuleType]:
-    names = ("ddp_bucketing_overlap", "profile_ddp")
-    first, second = (warm.load(name, warm.ROOT / CODE / f"{name}.py") for name in names)
-    return first, second
+def scripts() -> tuple[Any, Any]:
+    return warm.load(BUCKETS.stem, BUCKETS), warm.load(PROFILE.stem, PROFILE)
+
+
+# --- arithmetic --------------------------------------------------------------------------------
 
 
 def points(spans: Spans) -> set[int]:
@@ -240,21 +51,20 @@ spans_of_any_kind = st.lists(
 @settings(max_examples=200, deadline=None)
 def test_intervals(a: Spans, b: Spans, begin: int, size: int) -> None:
     """Against sets of moments, which nobody can count twice."""
+    _, script = scripts()
     end = begin + size
-    for script in scripts():
-        joined, other = script.union(a), script.union(b)
-        assert points(joined) == points(a)
-        assert script.length(joined) == len(points(a))
-        assert all(x[1] < y[0] for x, y in itertools.pairwise(joined))
-        assert script.overlap(joined, other) == len(points(a) & points(b))
-        window = set(range(begin, end))
-        inside = script.clip(a, begin, end)
-        assert points(inside) == points(a) & window
-        rest = script.gaps(inside, begin, end)
-        assert points(rest) == window - points(a)
-        assert script.overlap(other, inside) + script.overlap(other, rest) == len(
-            points(b) & window
-        )
+    joined, other = script.union(a), script.union(b)
+    assert points(joined) == points(a)
+    assert script.length(joined) == len(points(a))
+    assert all(x[1] < y[0] for x, y in itertools.pairwise(joined))
+    assert script.overlap(joined, other) == len(points(a) & points(b))
+    window = set(range(begin, end))
+    inside = script.clip(a, begin, end)
+    assert points(inside) == points(a) & window
+    rest = script.gaps(inside, begin, end)
+    assert points(rest) == window - points(a)
+    in_window = len(points(b) & window)
+    assert script.overlap(other, inside) + script.overlap(other, rest) == in_window
 
 
 @given(
@@ -274,24 +84,32 @@ def test_prediction(count: int, backward: float, alpha: float, transfer: float) 
     assert step == pytest.approx(0.5 + max(hidden, busy))
 
 
+@given(backward=st.floats(0.02, 1), alpha=st.floats(0.001, 0.02), transfer=st.floats(0.001, 2))
+@settings(max_examples=100, deadline=None)
+def test_best_number_of_buckets(backward: float, alpha: float, transfer: float) -> None:
+    """No whole number of buckets is better than the better of the formula's two neighbours."""
+    script, _ = scripts()
+
+    def step(count: int) -> float:  # what test_prediction finds
+        busy = backward / count + count * alpha + transfer
+        return max(backward + alpha + transfer / count, busy)
+
+    best = script.best_number(1, backward, (alpha, transfer))
+    near = min(step(max(1, int(best))), step(int(best) + 1))
+    assert near <= min(map(step, range(1, 2 * int(best) + 10))) * (1 + 1e-9)
+
+
 def event(name: str, begin: float, end: float, cat: str, tid: int) -> dict[str, Any]:
     """As in a trace: in microseconds."""
-    return {
-        "ph": "X",
-        "name": name,
-        "cat": cat,
-        "tid": tid,
-        "pid": 0,
-        "ts": begin,
-        "dur": end - begin,
-    }
+    times = {"ts": begin, "dur": end - begin}
+    return {"ph": "X", "name": name, "cat": cat, "tid": tid, "pid": 0} | times
 
 
-def gpu_step(name: str, late: float = 0.0) -> list[dict[str, Any]]:
+def gpu_step(late: float = 0.0) -> list[dict[str, Any]]:
     """A step of 100 us: kernels until 60, two all-reduces, each with an NCCL kernel on its stream."""
     return [
-        event(name, 0, 100, "user_annotation", 1),
-        event(name, 5, 95, "gpu_user_annotation", 7),
+        event("step", 0, 100, "user_annotation", 1),
+        event("step", 5, 95, "gpu_user_annotation", 7),
         event("aten::mm", 0, 99, "cpu_op", 1),
         event("c10d::allreduce_", 20, 21, "cpu_op", 2),
         event("sgemm", 10 + late, 40 + late, "kernel", 7),
@@ -303,18 +121,13 @@ def gpu_step(name: str, late: float = 0.0) -> list[dict[str, Any]]:
 
 def test_traces_of_gpus() -> None:
     """No GPU is needed to read a trace of one: there, only kernels count."""
-    buckets, profile = scripts()
-    cuda = torch.device("cuda")
-    trace = {"traceEvents": gpu_step(f"{buckets.STEP}x"), "baseTimeNanoseconds": 0}
-    (step,) = buckets.read_trace(trace, [], cuda)[f"{buckets.STEP}x"]
-    expected = {"step": 100, "compute": 50, "communication": 50, "hidden": 20, "exposed": 30}
-    assert step == {key: 1000 * us for key, us in expected.items()} | {"all_reduces": 2}
-
-    rest = event("ProfilerStep#4", 200, 300, "user_annotation", 1)
+    _, profile = scripts()
     ranks = [
-        profile.timeline([*gpu_step("ProfilerStep#3", late), rest], cuda) for late in (0.0, 15.0)
+        profile.read_timeline(gpu_step(late), torch.device("cuda", i))
+        for i, late in enumerate((0.0, 15.0))
     ]
     ((early, late),) = profile.account(ranks)
+    assert (early["step"], early["compute"], early["hidden"]) == (100_000, 50_000, 20_000)
     # rank 0 waits for rank 1 from 60 to 75; from 30 to 45 it waits too, but has work to do
     assert early["waits"] == [0, 15_000]
     assert late["waits"] == [0, 0]
@@ -337,3 +150,148 @@ def test_who_is_waited_for() -> None:
     ((a, b, c),) = profile.account(ranks)
     assert [rank["waits"] for rank in (a, b, c)] == [[0, 20, 20], [0, 0, 30], [0, 10, 0]]
     assert [rank["compute"] + rank["exposed"] + rank["idle"] for rank in (a, b, c)] == [100] * 3
+
+
+# --- clocks ------------------------------------------------------------------------------------
+
+AHEAD = 80_000_000  # ns by which each rank's clock is ahead of that of the rank before it
+
+
+def offset_of_skewed_clock() -> tuple[int, int]:
+    _, profile = scripts()
+    profile.now = lambda: time.time_ns() + AHEAD * dist.get_rank()
+    offset, doubt = profile.clock_offset(dist.group.WORLD)
+    return offset - AHEAD * dist.get_rank(), doubt
+
+
+def test_pings_find_the_offset() -> None:
+    """As exactly as they say, however slow the machine is."""
+    for error, doubt in warm.fork_ranks(offset_of_skewed_clock, 3):
+        assert abs(error) <= doubt + 1
+
+
+def run_on_skewed_clocks(out: str) -> list[tuple[str, bool]]:
+    """In a rank: whether all checks hold where the profiler's clocks differ, with and without pings."""
+    _, profile = scripts()
+    ahead = AHEAD * dist.get_rank()
+
+    def loads(text: bytes) -> dict[str, Any]:
+        trace = json.loads(text)
+        return trace | {"baseTimeNanoseconds": trace["baseTimeNanoseconds"] + ahead}
+
+    profile.json = SimpleNamespace(loads=loads, dumps=json.dumps)
+    profile.say = lambda line: None
+    profile.sys.argv[:] = ["x", *ONE_LAYER.split(), "--out", out]
+    found = []
+    for what, late in (("measured", ahead), ("taken for equal", 0)):
+        profile.now = lambda late=late: time.time_ns() + late
+        claims = profile.run(profile.parse_args(), torch.device("cpu"))
+        found.append((what, False not in claims))
+    return found
+
+
+@pytest.mark.full
+def test_clocks_that_differ(tmp_path: Path) -> None:
+    """Where they are taken for equal, an all-reduce ends before the last rank has called it."""
+    for found in warm.fork_ranks(run_on_skewed_clocks, 2, str(tmp_path)):
+        assert found == [("measured", True), ("taken for equal", False)]
+
+
+# --- the scripts -------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_every_world_size(tmp_path: Path, world_size: int) -> None:
+    """A script's own checks are the test."""
+    flags = f"{SIX_LAYERS} --bucket-kib 4 10 24"
+    cases = [(f"{flags} --seed 20260101", "", ""), (f"{flags} --real", "", "")]
+    assert failed_claims(BUCKETS, world_size, cases) == [set(), set()]
+    flags = f"{ONE_LAYER} --out {tmp_path}"
+    cases = [(f"{flags} --seed 20260101", "", ""), (f"{flags} --straggler 0 25", "", "")]
+    assert failed_claims(PROFILE, world_size, cases) == [set(), set()]
+
+
+MUTANTS = {
+    BUCKETS: [
+        # the first bucket stays what this rank found
+        (
+            "return link.average(bucket.buffer())",
+            "return link.average(bucket.buffer()) if bucket.index() else noop_hook(None, bucket)",
+        ),
+        ("tensor.div_(dist.get_world_size())", "tensor"),  # a sum for a mean
+        ("order.append(bucket.index())", "order.insert(0, bucket.index())"),  # the last one first
+    ],
+    PROFILE: [
+        # an operator within an operator counts twice
+        ("joined[-1] = joined[-1][0], max(end, joined[-1][1])", "joined.append((begin, end))"),
+        # computing in an all-reduce is taken for waiting, and waiting for nothing
+        ("free = gaps(computes, *step)", "free = computes"),
+        # a sleeper computes
+        ('e["cat"] == "cpu_op" and', 'e["cat"] in ("cpu_op", "user_annotation") and'),
+    ],
+}
+
+
+@pytest.mark.full
+def test_mutants_are_caught(tmp_path: Path) -> None:
+    for script, flags in (
+        (BUCKETS, f"{SIX_LAYERS} --bucket-kib 4 10"),
+        (PROFILE, f"{ONE_LAYER} --straggler 1 25 --out {tmp_path}"),
+    ):
+        found = failed_claims(script, 2, [(flags, *mutant) for mutant in MUTANTS[script]])
+        assert all(found), list(zip(MUTANTS[script], found, strict=True))
+
+
+@pytest.mark.full
+def test_merged_trace(run: Run, tmp_path: Path) -> None:
+    """One file with all that the ranks' files have, the ranks as processes; the table as JSON."""
+    out, table, picture = tmp_path / "traces", tmp_path / "table.json", tmp_path / "step.svg"
+    flags = f"{ONE_LAYER} --out {out} --json {table} --plot {picture}"
+    result = run(f"torchrun --nproc_per_node=3 {CODE}/{PROFILE.name} {flags}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not checks.drawn(picture)
+    names = ["merged.json.gz", "rank0.json.gz", "rank1.json.gz", "rank2.json.gz"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    merged, *ranks = (
+        json.loads(gzip.decompress((out / name).read_bytes()))["traceEvents"] for name in names
+    )
+    assert all({"ph", "ts", "pid", "tid", "name"} <= event.keys() for event in merged)
+    labels = {e["pid"]: e["args"]["name"] for e in merged if e["name"] == "process_name"}
+    assert labels == {0: "rank 0", 1: "rank 1", 2: "rank 2"}
+    assert min(event["ts"] for event in merged) == 0
+    for rank, events in enumerate(ranks):
+        of_rank = [event for event in merged if event["pid"] == rank]
+        for phase in "sf":
+            assert sum(e["ph"] == phase for e in of_rank) == sum(e["ph"] == phase for e in events)
+        spans = sorted(
+            (e["name"], e["dur"]) for e in events if e["ph"] == "X" and e["cat"] != "Trace"
+        )
+        assert spans == sorted((e["name"], e["dur"]) for e in of_rank if e["ph"] == "X")
+        named = {event["tid"] for event in of_rank if event["name"] == "thread_name"}
+        assert {event["tid"] for event in of_rank if event["ph"] == "X"} <= named
+    arrows = [event["id"] for event in merged if event["ph"] == "s"]
+    assert len(arrows) == len(set(arrows))
+    assert [len(row) for row in json.loads(table.read_text())["table"]] == [3, 3]
+
+
+@pytest.mark.full
+def test_record_of_the_buckets(tmp_path: Path) -> None:
+    record, picture = tmp_path / "buckets.json", tmp_path / "buckets.svg"
+    flags = f"{SIX_LAYERS} --bucket-kib 4 10 24 --json {record} --plot {picture}"
+    assert failed_claims(BUCKETS, 2, [(flags, "", "")]) == [set()]
+    assert not checks.drawn(picture)
+    sizes = json.loads(record.read_text())["sizes"].values()
+    assert [len(size["buckets"]) for size in sizes] == [6, 2, 1]  # 10 KiB are full at 12
+    for size in sizes:
+        for step in size["steps"]:
+            assert step["hidden"] + step["exposed"] == step["communication"]
+            assert step["exposed"] >= 3_000_000, "the last bucket takes 3 ms, and nothing hides it"
+            assert step["compute"] >= 6 * 4_000_000, "six layers sleep for 4 ms each"
+
+
+@pytest.mark.full
+def test_a_straggler_that_is_not_there(run: Run) -> None:
+    result = run(f"torchrun --nproc_per_node=2 {CODE}/{PROFILE.name} --straggler 2 10")
+    assert result.returncode == 1
+    assert {"type a rank below 2" in line for line in result.stderr.splitlines()} == {True}

@@ -1,5 +1,6 @@
 """After destroy_process_group() the group is gone, with its threads, or the end of Python may crash."""
 
+import ast
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,20 +31,20 @@ if rank == 0:
     print(sum("gloo" in name for name in names), "threads of gloo")
 """
 Run = Callable[..., warm.Result]
-SCRIPTS = [
-    path
-    for path in sorted(warm.ROOT.glob("chapter*/code/*.py"))
-    if "import DistributedDataParallel" in path.read_text()
-]
+OURS = [(path, path.read_text()) for path in sorted(warm.ROOT.glob("chapter*/code/*.py"))]
+linux = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="needs Linux to list threads"
+)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to list threads")
+@pytest.mark.full
+@linux
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_ddp_imports_keeps_the_group_alive(tmp_path: Path, when: str) -> None:
     """In a new process: torch._dynamo takes the group into default arguments, if there is one."""
     (tmp_path / "late.py").write_text(LATE)
     command = warm.parse_command(f"torchrun --nproc_per_node=2 late.py {when}")
-    result = warm.run_cold(command, tmp_path, 60)
+    result = warm.run_cold(command, tmp_path, 120)
     assert ("0 threads of gloo" in result.stdout) is (when == "before"), result
 
 
@@ -52,52 +53,55 @@ import os, runpy, sys
 from pathlib import Path
 sys.argv.pop(0)
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
+code = 0  # @record swallows SystemExit(0)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    left = sum("gloo" in name for name in names)
-    print(f"ends with {end.code}, {left} threads of gloo\\n", end="", flush=True)  # in one piece
+    code = end.code
+names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+left = sum("gloo" in name for name in names)
+print(f"ends with {code}, {left} threads of gloo\\n", end="", flush=True)  # in one piece
 """
-SMALL = {
-    "amp_ddp_example": "--steps 5 --overflow-step 2 --width 32 --layers 1",
-    "ch01_ddp_pitfalls": "",
-    "ch01_multi_gpu_ddp": "--steps 2",
-    "ddp_bucketing_overlap": "--slow-link 0 --rounds 3 --bucket-kib 64",
-    "ddp_comm_hooks": "--steps 5 --warm-up 2 --repeats 1 --gbit 1",
-    "ddp_from_scratch": "--turns 0 --width 32 --layers 2",
-    "ddp_uneven_inputs_join": "--timeout 0.2",
-    "ddp_vs_accelerate": "--steps 7 --width 32",
-    "gradient_accumulation_no_sync": "--turns 0 --width 64",
-    "local_sgd": "--steps 4 --seeds 1 --every 1 2 --diloco 2",
-    "profile_ddp": "--steps 2 --cycles 1 --width 24 --heads 3 --layers 1",
-    "train_ddp_torchrun": "--steps 3 --width 32",
-    "train_elastic_checkpoint": "--dir runs/tear_down --fresh --kill-at 0 --steps 4",
+KINDS = {  # of what may keep a group alive, each with a script that has it
+    "a model": "ch01_multi_gpu_ddp.py --steps 2",
+    "a trainer that holds the model": "train_elastic_checkpoint.py --dir runs/x --kill-at 0 --steps 4",
+    "the state of a hook": "ddp_comm_hooks.py --steps 5 --warm-up 2",
+    "a library": "ddp_vs_accelerate.py --steps 2 --width 32",
 }
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to list threads")
-@pytest.mark.parametrize(
-    "path",
-    [path for path in SCRIPTS if path.stem != "ddp_debugging"],  # its groups are in killed children
-    ids=lambda path: path.stem,
-)
-def test_no_script_leaves_a_group_behind(run: Run, tmp_path: Path, path: Path) -> None:
-    """A trainer in a reference cycle keeps its DDP, and the DDP the group; so does a hook's state."""
+@pytest.mark.full
+@linux
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_script_leaves_a_group_behind(run: Run, tmp_path: Path, kind: str) -> None:
+    name, _, flags = KINDS[kind].partition(" ")
+    (script,) = (path.relative_to(warm.ROOT) for path, _ in OURS if path.name == name)
     look = tmp_path / "look.py"
     look.write_text(LOOK)
-    script = path.relative_to(warm.ROOT)
-    result = run(f"torchrun --nproc_per_node=2 {look} {script} {SMALL[path.stem]}")
+    result = run(f"torchrun --nproc_per_node=2 {look} {script} {flags}")
     assert result.stdout.count("threads of gloo\n") == 2, result.stdout + result.stderr
     assert result.stdout.count(", 0 threads of gloo\n") == 2, result.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts_import_it_before_there_is_a_group(path: Path) -> None:
-    text = path.read_text()
-    imported = text.find("import torch._dynamo")
-    if path.stem == "ddp_debugging":  # in the parent; the groups are its children's
-        imported = text.find('import_module("torch._dynamo")')
-        assert text.find("fork.Process(") > imported > 0
-    else:
-        assert 0 < imported < text.find("\n\n\n"), "among the imports"
+def test_scripts_import_dynamo_before_there_is_a_group() -> None:
+    late = []
+    for path, text in OURS:
+        imported = text.find("import torch._dynamo")
+        if path.stem == "ddp_debugging":  # in the parent; the groups are its children's
+            imported = text.find('import_module("torch._dynamo")')
+            assert text.find("fork.Process(") > imported > 0
+        elif "import DistributedDataParallel" in text and not 0 < imported < text.find("\n\n\n"):
+            late.append(path.name)
+    assert late == []
+
+
+def test_no_script_destroys_its_group_in_a_finally() -> None:
+    """A rank that fails would wait there for others that wait for it, on NCCL: section 3.1."""
+    found = [
+        path.name
+        for path, text in OURS
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Try)
+        and any("destroy_process_group" in ast.unparse(line) for line in node.finalbody)
+    ]
+    assert found == []

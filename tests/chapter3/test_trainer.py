@@ -2,199 +2,58 @@
 
 import itertools
 import json
+import math
+import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import book
-import checks
 import pytest
 import torch
+import torch.distributed as dist
 import warm
+from mutants import failed_claims
 
 CODE = Path("chapter3-distributed-training-with-pytorch-ddp/code")
-ROOT = Path(__file__).resolve().parents[2]
+TRAIN = warm.ROOT / CODE / "train_ddp_torchrun.py"
+ACCELERATE = warm.ROOT / CODE / "ddp_vs_accelerate.py"
+GOLDEN = f"--compare {CODE}/golden.json"
+SHAPE = "--context 24 --width 24 --layers 1 --heads 2 --steps 12 --warmup 3"
 Run = Callable[..., warm.Result]
-TRAIN = "train_ddp_torchrun.py"
-GOLDEN = f"{TRAIN} --compare {CODE}/golden.json"
-SMALL = f"{TRAIN} --data LICENSE --context 24 --width 24 --layers 1 --heads 2 --steps 12 --warmup 3"
 
-trainer = warm.load("chapter3_trainer", ROOT / CODE / TRAIN)
+trainer = warm.load("chapter3_trainer", TRAIN)
 
 
-def torchrun(world_size: int, line: str) -> str:
-    return f"torchrun --nproc_per_node={world_size} {CODE}/{line}"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """44 windows of 24 bytes to train on: an epoch has three batches of 12."""
+    path = tmp_path_factory.mktemp("trainer") / "text"
+    path.write_bytes((warm.ROOT / "resources/corpus.txt").read_bytes()[:1200])
+    return path
 
 
-def passes(run: Run, world_size: int, line: str) -> warm.Result:
-    command = torchrun(world_size, line)
-    result, parsed = run(command), book.parse_command(command)
-    problems = checks.evidence(parsed, result)
-    assert not problems, checks.report(parsed, result, problems)
-    return result
+@pytest.fixture(scope="module")
+def reference(text: Path) -> Path:
+    """A golden file of one rank, over four epochs, with a date as its seed."""
+    path = text.with_name("reference.json")
+    flags = f"--data {text} {SHAPE} --seed 20260101 --json {path}"
+    assert failed_claims(TRAIN, 1, [(flags, "", "")]) == [set()]
+    return path
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_every_world_size_gives_the_golden_losses(run: Run, world_size: int) -> None:
-    """Five does not divide the batch of 12: two ranks have three windows, three have two."""
-    passes(run, world_size, GOLDEN)
+# --- what the chapter says of it ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_losses_do_not_depend_on_the_world_size(run: Run, tmp_path: Path, seed: int) -> None:
-    curves = []
-    for world_size in (1, 2, 4):
-        record = tmp_path / f"{world_size}.json"
-        passes(run, world_size, f"{SMALL} --seed {seed} --batch 9 --json {record}")
-        curves.append(torch.tensor(json.loads(record.read_text())["losses"]))
-    assert len(curves[0]) == 12
-    for curve in curves[1:]:
-        torch.testing.assert_close(curve, curves[0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("ranks", [(2, 3), (1, 4), (4, 1)])
-def test_a_resume_on_other_ranks_keeps_the_curve(
-    run: Run, tmp_path: Path, ranks: tuple[int, int]
-) -> None:
+def test_a_resume_on_other_ranks_keeps_the_curve(reference: Path, tmp_path: Path) -> None:
     """Stopped in the middle of an epoch, whose second batch must come next."""
-    before, after = ranks
-    passes(run, before, f"{GOLDEN} --out {tmp_path} --stop-at 7")
-    result = passes(run, after, f"{GOLDEN} --out {tmp_path} --resume")
-    assert "resuming      at step 7" in result.stdout
-    again = passes(run, after, f"{GOLDEN} --out {tmp_path} --resume")
-    assert "resuming      at step 20" in again.stdout, "nothing is left to do, and that is no error"
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (SMALL, "torchrun --nproc_per_node=2"),
-        (f"{SMALL} --steps 0", "--steps"),
-        (f"{SMALL} --heads 5", "--width 24 is no multiple of 2 x --heads 5"),
-        (f"{SMALL} --resume", "type --out DIR"),
-        (f"{SMALL} --json no-such-folder/x.json", "no-such-folder"),
-        (f"{SMALL} --compare no-such-file", "no-such-file"),
-        (f"{SMALL} --compare LICENSE", "no losses of an earlier run"),
-        (f"{SMALL} --out LICENSE", "--out LICENSE: File exists"),
-        (f"{SMALL} --dropout 1", "--dropout 1: give 0 or more, and less than 1"),
-        (f"{SMALL} --lr -1", "-1 is not a number above 0"),
-        ("ddp_vs_accelerate.py", "torchrun --nproc_per_node=2"),
-        ("ddp_vs_accelerate.py --steps -1", "--steps"),
-        ("ddp_vs_accelerate.py --steps 6", "type --steps 7 or more"),
-        ("ddp_vs_accelerate.py --heads 3", "--width 128 is no multiple of 2 x --heads 3"),
-    ],
-)
-def test_bad_input_gets_one_line(run: Run, line: str, says: str) -> None:
-    result = run(f"python {CODE}/{line}")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert says in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (f"{SMALL} --data no-such-file", "give a text file with --data FILE"),
-        (f"{SMALL} --batch 99", "one batch needs"),
-        (f"{SMALL} --batch 1", "type --batch 2 or more"),
-        (f"{SMALL} --device abacus", "2 ranks, but 0 abacus devices: type --device cpu"),
-        (f"{GOLDEN} --out OUT --resume", "has width 24, this run 64: type another --out"),
-        (f"{SMALL} --out OUT", "type --resume to go on"),
-        (f"{SMALL} --data README.md --out OUT --resume", "this run "),
-        (f"{SMALL} --out TORN --resume", "cannot load"),
-        ("ddp_vs_accelerate.py --batch 7", "type --batch 12"),
-    ],
-)
-def test_bad_input_to_several_ranks(run: Run, tmp_path: Path, line: str, says: str) -> None:
-    """Each rank says the one line; none hangs, none prints a traceback, the checkpoint stays."""
-    out, torn = tmp_path / "out", tmp_path / "torn"
-    if "OUT" in line or "TORN" in line:
-        passes(run, 1, f"{SMALL} --out {out} --stop-at 1")
-        whole = (out / "checkpoint.pt").read_bytes()
-        torn.mkdir()
-        (torn / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    result = run(torchrun(2, line.replace("OUT", str(out)).replace("TORN", str(torn))), timeout=30)
-    assert result.returncode not in (0, warm.TIMED_OUT)
-    assert {says in line for line in result.stderr.splitlines()} == {True}, result.stderr
-    if out.exists():
-        assert (out / "checkpoint.pt").read_bytes() == whole
-
-
-def test_a_port_in_use_is_named_by_torchrun_and_another_one_helps(
-    checkout: Path, tmp_path: Path
-) -> None:
-    """The port is torchrun's business, before the script starts; the README says what to type."""
-    line = f"{CODE}/{SMALL} --steps 2"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        command = f"torchrun --nproc_per_node=1 --master_port={port} {line}"
-        result = warm.run_cold(book.parse_command(command), checkout, 60)
-        assert result.returncode != 0
-        assert "EADDRINUSE" in result.stderr
-        assert str(port) in result.stderr
-        command = f"torchrun --standalone --nproc_per_node=1 {line}"
-        result = warm.run_cold(book.parse_command(command), checkout, 60)
-        assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        # no gradient is averaged
-        ("ranked = DistributedDataParallel(model, gradient_as_bucket_view=True)", "ranked = model"),
-        # a sum for a mean: clipping and AdamW hide it from the losses, the norms show it
-        ("(loss * dist.get_world_size()).backward()", "(loss * 4).backward()"),
-        # the mean of the ranks' means, where shares differ
-        ("(batch * logits.shape[1])", "(len(window) * logits.shape[1] * dist.get_world_size())"),
-        # each epoch deals the same batches
-        ("set_epoch(step // per_epoch, ", "set_epoch(0, "),
-        # all ranks take the same share
-        ("whole[self.rank :: self.world_size]", "whole[: len(whole) // self.world_size]"),
-        # evaluation counts each window once per rank
-        ("windows[dist.get_rank() :: dist.get_world_size()]", "windows"),
-        # the reported loss is rank 0's part of it
-        ("dist.all_reduce(pooled)\n            losses", "losses"),
-        ("schedule.step()\n", "pass\n"),
-        # the norm that is reported is not the one that is clipped to
-        ("norm = nn.utils.clip_grad_norm_(model.parameters(), clip)", "norm = torch.ones(())"),
-    ],
-)
-def test_mutants_are_caught(run: Run, checkout: Path, right: str, wrong: str) -> None:
-    """Break the trainer: the golden file must show it. Five ranks have shares of two sizes."""
-    source = (checkout / CODE / TRAIN).read_text()
-    assert source.count(right) == 1
-    mutant = checkout / CODE / f"mutant_{TRAIN}"
-    mutant.write_text(source.replace(right, wrong))
-    result = run(torchrun(5, f"mutant_{GOLDEN}"), timeout=60)
-    mutant.unlink()
-    assert result.returncode not in (0, warm.TIMED_OUT)
-    assert "FAILED" in result.stdout
-
-
-@pytest.mark.parametrize(
-    "restored",
-    [
-        'model.load_state_dict(state["model"])',
-        'optimizer.load_state_dict(state["optimizer"])',
-        'schedule.load_state_dict(state["schedule"])',
-        "done=step % per_epoch",
-    ],
-)
-def test_a_resume_that_forgets_is_caught(
-    run: Run, checkout: Path, tmp_path: Path, restored: str
-) -> None:
-    passes(run, 2, f"{GOLDEN} --out {tmp_path} --stop-at 7")
-    source = (checkout / CODE / TRAIN).read_text()
-    assert source.count(restored) == 1
-    mutant = checkout / CODE / f"mutant_{TRAIN}"
-    mutant.write_text(source.replace(restored, "done=0" if "done" in restored else "pass"))
-    result = run(torchrun(2, f"mutant_{GOLDEN} --out {tmp_path} --resume"))
-    mutant.unlink()
-    assert "FAILED" in result.stdout
-
-
-# --- the parts ---------------------------------------------------------------------------------
+    flags = f"--compare {reference} --out {tmp_path}"
+    assert failed_claims(TRAIN, 2, [(f"{flags} --stop-at 7", "", "")]) == [set()]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 7
+    # the second time nothing is left to do, and that is no error
+    again = [(f"{flags} --resume", "", "")] * 2
+    assert failed_claims(TRAIN, 3, again) == [set()] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -217,6 +76,16 @@ def test_shares_make_up_the_same_batches(samples: int, batch: int, world_size: i
     assert shares(1, 0, world_size) != whole or samples == batch
 
 
+def test_neighbouring_seeds_do_not_share_their_shuffles() -> None:
+    """With `seed + epoch` the second epoch of seed 0 would be the first one of seed 1."""
+    orders = []
+    for seed, epoch in itertools.product(range(3), range(3)):
+        sampler = trainer.ShareOfBatch(1000, 100, 0, 1, seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
     rates = [trainer.learning_rate(step, warmup=4, steps=20) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -227,7 +96,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
 
 def test_the_model_cannot_see_what_it_predicts_and_knows_where_tokens_stand() -> None:
     torch.manual_seed(0)
-    model = trainer.ByteLM(width=16, layers=2, heads=2, context=8)
+    model = trainer.ByteLlama(width=16, layers=2, heads=2, context=8)
     tokens = torch.randint(256, (1, 8))
     changed = tokens.clone()
     changed[0, 5] += 1
@@ -241,3 +110,184 @@ def test_the_model_cannot_see_what_it_predicts_and_knows_where_tokens_stand() ->
     torch.testing.assert_close(scores[..., 1, 3], scores[..., 4, 6])
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1).expand(1, 1, 8))
     assert not torch.allclose(scores[..., 1, 3], scores[..., 3, 1])
+
+
+def test_losses_that_are_no_numbers_are_not_those_of_the_file(tmp_path: Path) -> None:
+    golden = tmp_path / "golden.json"
+    golden.write_text(json.dumps({"recipe": {}, "losses": [3.0, 2.0], "norms": [1.0, 1.0]}))
+    assert trainer.compare(golden, {}, [3.0, 2.0], [1.0, 1.0]) == [True, True]
+    assert trainer.compare(golden, {}, [3.0, math.nan], [1.0, 1.0]) == [False, True]
+
+
+# --- other numbers of ranks, other seeds -------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2, 4, 5])
+def test_every_world_size_gives_the_golden_losses(run: Run, world_size: int) -> None:
+    """Five does not divide the batch of 12: two ranks have three windows, three have two."""
+    script = TRAIN.relative_to(warm.ROOT)
+    result = run(f"torchrun --nproc_per_node={world_size} {script} {GOLDEN}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{world_size} rank")
+    assert result.stdout.endswith("all 5 checks ok\n")
+
+
+@pytest.mark.full
+def test_losses_do_not_depend_on_the_world_size(text: Path) -> None:
+    """Nor on ranks that have no window at all: 3 of 4 in the last case."""
+    kinds = ("--seed 1 --batch 9", "--seed 2 --batch 9", "--seed 3 --batch 1")
+    files = [text.with_name(f"{number}.json") for number in range(len(kinds))]
+    runs = list(zip(kinds, files, strict=True))
+    one = [(f"--data {text} {SHAPE} {kind} --json {file}", "", "") for kind, file in runs]
+    assert failed_claims(TRAIN, 1, one) == [set()] * len(kinds)
+    for world_size in (2, 4):
+        cases = [(f"--compare {file}", "", "") for file in files]
+        assert failed_claims(TRAIN, world_size, cases) == [set()] * len(kinds)
+
+
+# --- broken on purpose -------------------------------------------------------------------------
+
+MUTANTS = [
+    # no gradient is averaged
+    ("train_step(ddp_model, ", "train_step(model, "),
+    # a sum for a mean: clipping and AdamW hide it from the losses, the norms show it
+    ("(loss * dist.get_world_size()).backward()", "(loss * dist.get_world_size() ** 2).backward()"),
+    # the mean of the ranks' means, where shares differ
+    ("(batch * logits.shape[1])", "(len(window) * logits.shape[1] * dist.get_world_size())"),
+    # each epoch deals the same batches
+    ("set_epoch(step // per_epoch, ", "set_epoch(0, "),
+    # all ranks take the same share
+    ("whole[self.rank :: self.world_size]", "whole[: len(whole) // self.world_size]"),
+    # evaluation counts each window once per rank
+    ("windows[dist.get_rank() :: dist.get_world_size()]", "windows"),
+    # the reported loss is rank 0's part of it
+    ("dist.all_reduce(pooled)\n        losses", "losses"),
+    ("        schedule.step()\n", ""),
+]
+
+
+@pytest.mark.full
+def test_mutants_are_caught(reference: Path) -> None:
+    """The golden file must show it. Five ranks have shares of two sizes."""
+    cases = [(f"--compare {reference}", *mutant) for mutant in MUTANTS]
+    failed = failed_claims(TRAIN, 5, [(cases[0][0], "", ""), *cases])
+    assert failed[0] == set()
+    assert [right for (right, _), lines in zip(MUTANTS, failed[1:], strict=True) if not lines] == []
+    assert any("norm" in line for line in failed[2]), "a sum for a mean shows in the norms"
+
+
+@pytest.mark.full
+def test_a_resume_that_forgets_is_caught(reference: Path, tmp_path: Path) -> None:
+    restored = [
+        ('model.load_state_dict(state["model"])', "pass"),
+        ('optimizer.load_state_dict(state["optimizer"])', "pass"),
+        ('schedule.load_state_dict(state["schedule"])', "pass"),
+        ("done=step % per_epoch", "done=0"),
+    ]
+    first = tmp_path / "first"
+    flags = f"--compare {reference} --out"
+    assert failed_claims(TRAIN, 2, [(f"{flags} {first} --stop-at 7", "", "")]) == [set()]
+    cases = []
+    for number, mutant in enumerate(restored):
+        folder = shutil.copytree(first, tmp_path / f"{number}")
+        cases.append((f"{flags} {folder} --resume", *mutant))
+    failed = failed_claims(TRAIN, 2, cases)
+    assert all(failed), failed
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--heads 5", "--width 128 is no multiple of 2 x --heads 5"),
+        ("--resume", "type --out DIR"),
+        ("--out OUT", "type --resume to go on"),
+    ],
+)
+def test_flags_that_would_mislead(
+    flags: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["x", *flags.replace("OUT", str(tmp_path)).split()])
+    with pytest.raises(SystemExit) as end:
+        trainer.parse_args()
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def why_it_stops(lines: list[str]) -> list[str]:
+    """In a rank: what each command's run says as it ends; RANK in it is this rank's number."""
+    module = warm.load("chapter3_trainer", TRAIN)
+    said: list[str] = []
+
+    def stop(message: str) -> None:
+        said.append(message)
+        sys.exit(2)
+
+    vars(module)["stop"] = stop
+    for line in lines:
+        sys.argv[:] = ["x", *line.replace("RANK", str(dist.get_rank())).split()]
+        with pytest.raises(SystemExit):
+            module.run(module.parse_args(), torch.device("cpu"))
+    return said
+
+
+@pytest.mark.full
+def test_checkpoints_that_do_not_fit(text: Path, tmp_path: Path) -> None:
+    """Of another recipe, or of another step than the others': every rank says it, none hangs."""
+    flags = f"--data {text} {SHAPE}"
+    cases = [(f"{flags} --out {tmp_path}/{n} --stop-at {n + 1}", "", "") for n in range(2)]
+    failed_claims(TRAIN, 1, cases)
+    before = [(tmp_path / f"{n}" / "checkpoint.pt").read_bytes() for n in range(2)]
+    lines = [
+        f"{flags} --out {tmp_path}/0 --resume --width 32",
+        f"{flags} --out {tmp_path}/0 --resume --data {warm.ROOT}/LICENSE",
+        f"{flags} --out {tmp_path}/RANK --resume",
+        f"{flags} --data {tmp_path}/nothing",
+    ]
+    for said in warm.fork_ranks(why_it_stops, 2, lines):
+        assert "has width 24, this run 32: type another --out" in said[0]
+        assert "has data " in said[1]
+        assert said[2] == "ranks go on from steps [1, 2]: type an --out that all nodes share"
+        assert "give a text file with --data FILE" in said[3]
+    assert [(tmp_path / f"{n}" / "checkpoint.pt").read_bytes() for n in range(2)] == before
+
+
+@pytest.mark.full
+def test_a_port_in_use_is_named_by_torchrun_and_another_one_helps(
+    checkout: Path, text: Path
+) -> None:
+    """The port is torchrun's business, before the script starts; the README says what to type."""
+    line = f"{TRAIN} --data {text} {SHAPE} --steps 2"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = f"torchrun --nproc_per_node=1 --master_port={port} {line}"
+        result = warm.run_cold(book.parse_command(command), checkout, 120)
+        assert result.returncode != 0
+        assert "EADDRINUSE" in result.stderr
+        assert str(port) in result.stderr
+        command = f"torchrun --standalone --nproc_per_node=1 {line}"
+        result = warm.run_cold(book.parse_command(command), checkout, 120)
+        assert result.returncode == 0, result.stderr
+
+
+# --- beside Accelerate -------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_accelerate_trains_the_same_weights_on_three_ranks(text: Path) -> None:
+    """And would not if it stepped the schedule more than once for an update."""
+    flags = f"--data {text} --width 32 --context 24 --steps 8"
+    once = "schedule.step()\n        optimizer.zero_grad()"
+    mutant = (once, f"schedule.step()\n        {once}")
+    right, wrong = failed_claims(ACCELERATE, 3, [(flags, "", ""), (flags, *mutant)])
+    assert right == set()
+    assert any("Accelerate's" in line for line in wrong)

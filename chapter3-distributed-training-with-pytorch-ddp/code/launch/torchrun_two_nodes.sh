@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Start the ranks of this node. The same line on every node, but for NODE_RANK:
 #
-#   NODE_RANK=0 MASTER_ADDR=node-a bash torchrun_two_nodes.sh --steps 500 --out runs/two --resume
-#   NODE_RANK=1 MASTER_ADDR=node-a bash torchrun_two_nodes.sh --steps 500 --out runs/two --resume
+#   NODE_RANK=0 MASTER_ADDR=node-a bash torchrun_two_nodes.sh --device cuda --steps 500 --out runs/two --resume
+#   NODE_RANK=1 MASTER_ADDR=node-a bash torchrun_two_nodes.sh --device cuda --steps 500 --out runs/two --resume
 #
 # The folder of --out has to be on a file system that all nodes share: rank 0 writes, all read.
 set -euo pipefail
