@@ -39,7 +39,16 @@ def refreshed(old: list[str], output: list[str]) -> tuple[list[str], str | None]
     if isinstance(shown, str):
         return new, shown
     lines = zip(old, shown, strict=False)  # the block may end in empty lines
-    return [was if n is None or was.endswith(" ...") else new[n] for was, n in lines], None
+    return [was if n is None else shortened(was, new[n]) for was, n in lines], None
+
+
+def shortened(was: str, line: str) -> str:
+    """The line, cut after as many words as the block showed of it if the rest was left out."""
+    if not was.endswith(" ..."):
+        return line
+    words = len(was.split()) - 1
+    start = re.match(rf"\s*(?:\S+\s+){{{words - 1}}}\S+", line) if words else None
+    return f"{start[0] if start else ''} ..."
 
 
 def replaced(text: str, block: book.Block, lines: list[str], machine: str) -> str:

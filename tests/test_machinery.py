@@ -309,6 +309,8 @@ def test_recording_keeps_what_a_block_omits(repository: Path) -> None:
     old = ["a 1", "...", "z 2", "y ..."]
     new = ["a 3", "b", "c", "z 4", "y 5"]
     assert record.refreshed(old, new) == (["a 3", "...", "z 4", "y ..."], None)
+    assert record.shortened("CPU   Arm 2 ...", "CPU   Arm 3 GHz, fast") == "CPU   Arm 3 ..."
+    assert record.shortened("...", "anything") == "anything"
     assert record.refreshed(old, ["a 3", "b"])[0] == ["a 3", "b"]
     path = repository / CHAPTER / "main.md"
     (block,) = book.blocks(path)

@@ -13,6 +13,7 @@ from Python. Section 2.2.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -119,7 +120,10 @@ def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
     long = between(large_fastest)
     alpha = {pair: short[pair] * 1e6 for pair in short}
     rate = {pair: large / long[pair] / 1e9 for pair in long}
-    beta = {p: (large - SMALL) / max(long[p] - short[p], 1e-9) / 1e9 for p in long}
+    more = {p: long[p] - short[p] for p in long}  # seconds; noise can take all of it
+    beta = {
+        p: (large - SMALL) / s / 1e9 if s > 0.1 * long[p] else math.inf for p, s in more.items()
+    }
 
     backend = dist.get_backend()
     say(f"{world_size} ranks on {device.type}: ping-pong by {backend}, fastest of {args.repeats}")
