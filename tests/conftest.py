@@ -29,6 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--cold"):
         os.environ["COLD"] = "1"
+    # OpenMP's threads wait for each other by spinning. Where other programs want the cores too, a
+    # run of ten seconds then takes minutes; asleep they cost a few microseconds each time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     config.addinivalue_line("markers", "full: only in `make test-all`, not in the reader's tier")
     config.addinivalue_line("markers", "sample: each launcher and each script that measures, once")
     config.addinivalue_line("markers", "machinery: tests of no single chapter")
