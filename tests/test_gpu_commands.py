@@ -106,6 +106,7 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "profile_ddp": lambda m, a, n: layers(m, a, a.batch),
     "train_ddp_torchrun": lambda m, a, n: language_model(m, a, -(-a.batch // n)),
     "train_elastic_checkpoint": lambda m, a, n: language_model(m, a, -(-a.batch // n)),
+    "fsdp_checkpointing": lambda m, a, n: language_model(m, a, -(-a.batch // n)),  # unsharded
     "train": chapter_8,
 }
 # Scripts whose modules are a few small layers, whatever the flags; or that count for themselves.
