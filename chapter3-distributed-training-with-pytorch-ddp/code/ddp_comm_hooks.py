@@ -378,7 +378,7 @@ def max_spread(model: nn.Module) -> float:
 
 # Copied from gradient_accumulation_no_sync.bytes_on_wire
 def bytes_on_wire() -> int:
-    """Bytes that Linux has sent, each once, over this process's TCP connections."""
+    """Bytes that this process has given to its TCP connections: sent once, or about to be."""
     total = 0
     for link in Path("/proc/self/fd").iterdir():
         if link.is_socket():
@@ -386,7 +386,8 @@ def bytes_on_wire() -> int:
                 if connection.family in (socket.AF_INET, socket.AF_INET6):
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
                     sent, again = struct.unpack_from("2Q", info, 200)  # as in linux/tcp.h
-                    total += sent - again
+                    (waiting,) = struct.unpack_from("I", info, 144)  # tcpi_notsent_bytes
+                    total += sent - again + waiting
     return total
 
 

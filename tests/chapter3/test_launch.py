@@ -182,13 +182,17 @@ def test_rank_0_comes_last(ranks: Ranks) -> None:
 
 
 def test_a_rank_that_raises_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    """By torchrun itself: on gloo the others notice at once, and @record gives it the error."""
+    """By torchrun itself: on gloo the others notice at once, and @record gives it the error.
+
+    Which rank's failure it sees first, and calls the root cause, is a matter of chance.
+    """
     command = book.parse_command(f"torchrun --nproc_per_node=3 {warm.ROOT / INIT} --fail 1")
     result = warm.run_cold(command, tmp_path, 60)
     assert result.returncode == 1
-    cause = result.stderr.partition("Root Cause (first observed failure):")[2]
-    assert re.search(r"rank +: 1 \(local_rank: 1\)", cause), result.stderr
-    assert "RuntimeError: this rank fails, as --fail asked" in cause
+    summary = result.stderr.partition("ChildFailedError")[2]
+    of_rank_1 = re.search(r"rank +: 1 \(local_rank: 1\)(.*?)(?=time +:|\Z)", summary, re.S)
+    assert of_rank_1, result.stderr
+    assert "RuntimeError: this rank fails, as --fail asked" in of_rank_1[1]
 
 
 @full
