@@ -40,28 +40,28 @@ def marks(text: str) -> Iterator[tuple[int, re.Match[str]]]:
             yield number, match
 
 
-def original(script: Path, root: Path, name: str) -> Path:
+def original(script: Path, scripts: list[Path], name: str) -> Path:
     """The file that a mark in `script` names; ValueError if there is none, or more than one."""
     beside = script.with_name(f"{name}.py")
-    found = [beside] if beside.is_file() else [p for p in book.scripts(root) if p.stem == name]
+    found = [beside] if beside.is_file() else [p for p in scripts if p.stem == name]
     if len(found) != 1:
         raise ValueError(f"{len(found)} scripts are named {name}.py")
     return found[0]
 
 
-def refreshed(script: Path, root: Path) -> str:
+def refreshed(script: Path, scripts: list[Path]) -> str:
     """The script's text with every marked definition as its original has it now."""
     text = script.read_text(encoding="utf-8")
     lines = text.splitlines()
     parts = dict(definitions(text))
     for number, mark in reversed(list(marks(text))):  # from below, so that numbers stay right
-        here = f"{script.relative_to(root)}:{number}"
+        here = f"{script.name}:{number}"
         if number + 1 not in parts:
             raise ValueError(f"{here}: no function or class below the mark")
         if parts[number + 1].name != mark[2]:
             raise ValueError(f"{here}: the mark is of {mark[2]}, not {parts[number + 1].name}")
         try:
-            copied = source_of(original(script, root, mark[1]), mark[2])
+            copied = source_of(original(script, scripts, mark[1]), mark[2])
         except ValueError as error:
             raise ValueError(f"{here}: {error}") from None
         lines[number : parts[number + 1].end_lineno] = copied.splitlines()
@@ -73,17 +73,18 @@ def problems(root: Path) -> list[str]:
     found: list[str] = []
     homes: defaultdict[str, set[Path]] = defaultdict(set)  # of each name that is copied
     defined: defaultdict[str, set[Path]] = defaultdict(set)  # each name without a mark
-    for script in book.scripts(root):
+    scripts = book.scripts(root)
+    for script in scripts:
         here, text = script.relative_to(root), script.read_text(encoding="utf-8")
         try:
-            if refreshed(script, root) != text:
+            if refreshed(script, scripts) != text:
                 found.append(f"{here}: a copy differs from its original; to mend it: make copies")
         except ValueError as error:
             found.append(str(error))
             continue
         marked = {number + 1 for number, _ in marks(text)}
         for _, mark in marks(text):
-            homes[mark[2]].add(original(script, root, mark[1]))
+            homes[mark[2]].add(original(script, scripts, mark[1]))
         parts = definitions(text)
         for number, node in parts:
             if number not in marked:
@@ -116,9 +117,10 @@ def main() -> None:
         found = problems(ROOT)
         sys.exit("\n".join(found) if found else 0)
     wrong = []
-    for script in book.scripts(ROOT):
+    scripts = book.scripts(ROOT)
+    for script in scripts:
         try:
-            text = refreshed(script, ROOT)
+            text = refreshed(script, scripts)
         except ValueError as error:
             wrong.append(str(error))
             continue

@@ -474,7 +474,7 @@ def test_copies(repository: Path) -> None:
     copy = other.replace(own, "").replace('\nif __name__ == "', f'{COPY}if __name__ == "')
     put(repository, f"{CHAPTER}/code/other.py", copy)
     assert "to mend it: make copies" in "".join(copies.problems(repository))
-    mended = copies.refreshed(repository / CHAPTER / "code/other.py", repository)
+    mended = copies.refreshed(repository / CHAPTER / "code/other.py", book.scripts(repository))
     assert own.strip() in mended
     assert mended.endswith("    main()\n")
     put(repository, f"{CHAPTER}/code/other.py", mended)
