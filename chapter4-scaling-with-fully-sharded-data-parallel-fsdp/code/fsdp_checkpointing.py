@@ -199,7 +199,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def account(args: argparse.Namespace, train: torch.Tensor, device: torch.device) -> list[bool | None]:
+def account(
+    args: argparse.Namespace, train: torch.Tensor, device: torch.device
+) -> list[bool | None]:
     """Print what a step takes with each choice of blocks, predicted and counted, and judge it."""
     world_size = dist.get_world_size()
     sampler = ShareOfBatch(len(train), args.batch, dist.get_rank(), world_size, args.seed)
