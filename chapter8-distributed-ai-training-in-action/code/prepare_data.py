@@ -8,8 +8,10 @@ the same files on every machine, or ranks would train on different numbers. Sect
 """
 
 import argparse
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -29,6 +31,20 @@ HOLD_OUT = 10  # every tenth document is for measuring, not for training
 def split_documents(text: str) -> list[str]:
     """One document for each heading and what stands below it; joined they are the text again."""
     return [part for part in re.split(r"^(?=#{1,3} )", text, flags=re.M) if part]
+
+
+def split_held_out(documents: list[str]) -> tuple[list[str], list[str]]:
+    """What is trained on, and every tenth document, which is not."""
+    train = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
+    return train, documents[HOLD_OUT - 1 :: HOLD_OUT]
+
+
+def compressed_bits(train: bytes, held_out: bytes) -> list[tuple[str, float]]:
+    """Bits per byte of the held-out text by general compressors: what a model has to beat."""
+    primed = len(lzma.compress(train + held_out)) - len(lzma.compress(train))
+    sizes = {"gzip": len(gzip.compress(held_out)), "xz": len(lzma.compress(held_out))}
+    sizes["xz that has seen the rest"] = primed
+    return [(name, 8 * size / len(held_out)) for name, size in sizes.items()]
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
@@ -61,8 +77,7 @@ def prepare(corpus: Path, folder: Path, vocabulary: int) -> dict:
     """
     text = read_text(corpus)
     documents = split_documents(text)
-    held_out = documents[HOLD_OUT - 1 :: HOLD_OUT]
-    train = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
+    train, held_out = split_held_out(documents)
     tokenizer = train_tokenizer(train, vocabulary)
     if tokenizer.get_vocab_size() != vocabulary:
         stop(f"{corpus} gives {tokenizer.get_vocab_size()} tokens: type a smaller --vocabulary")
@@ -131,13 +146,16 @@ def run(args: argparse.Namespace) -> list[bool | None]:
         row = f"{name:<14}{part['documents']:>10}{part['bytes']:>10,}{part['tokens']:>10,}"
         say(f"{row}{part['bytes'] / part['tokens']:>13.2f}   {part['digest']}")
     sentence = "All-reduce moves 2(n-1)/n bytes."
+    train, unseen = ("".join(part) for part in split_held_out(documents))
+    sizes = compressed_bits(train.encode(), unseen.encode())
+    say(
+        "held out      "
+        + ", ".join(f"{name} {bits:.2f}" for name, bits in sizes)
+        + " bits per byte"
+    )
     sweep = {}
     if args.plot:
         say(f"{'vocabulary':<14}{'bytes per token, train':>24}{'held out':>12}")
-        train, unseen = (
-            "".join(d for i, d in enumerate(documents) if (i % HOLD_OUT == HOLD_OUT - 1) == held)
-            for held in (False, True)
-        )
         for vocabulary in (512, 1024, 2048, 4096, 8192):
             sweep[vocabulary] = compression(train, unseen, vocabulary)
             say(f"{vocabulary:<14,}{sweep[vocabulary][0]:>24.2f}{sweep[vocabulary][1]:>12.2f}")
@@ -147,7 +165,7 @@ def run(args: argparse.Namespace) -> list[bool | None]:
     back = "".join(tokenizer.decode(tokenizer.encode(d).ids) for d in documents)
     strange = "naïve 数据 \x00 🙂"
     tokens = load_file(args.out / "train.safetensors")["tokens"]
-    again = train_tokenizer([d for i, d in enumerate(documents) if i % 10 != 9], args.vocabulary)
+    again = train_tokenizer(split_held_out(documents)[0], args.vocabulary)
     return [
         check("documents that do not join to the text again", "".join(documents) != text, 0),
         check("texts that encoding and decoding change", (back != text), 0),
