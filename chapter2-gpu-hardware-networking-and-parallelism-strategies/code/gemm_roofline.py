@@ -106,7 +106,9 @@ def product_error(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
     sums = torch.float64 if a.dtype == torch.float64 else torch.float32
     allowed = torch.finfo(a.dtype).eps + len(b) * torch.finfo(sums).eps
     rows = torch.linspace(0, len(a) - 1, min(len(a), 16)).long()  # of a large product, 16 rows
-    a, b, out = a[rows].double(), b.double(), out[rows].double()
+    a = a[rows].double()
+    b = b.double()
+    out = out[rows].double()
     missed = (out - a @ b).abs() / (allowed * (a.abs() @ b.abs()))
     return missed.nan_to_num(torch.inf).max().item()
 
