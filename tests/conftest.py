@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import book
+import checks
 import pytest
 import warm
 
@@ -70,11 +71,31 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def vllm() -> Path:
+    """The Python of the environment that `make vllm` makes."""
+    if not checks.engine("vllm").exists():
+        pytest.skip("needs vLLM: make vllm")
+    return checks.engine("vllm")
+
+
+@pytest.fixture(scope="session")
+def sglang() -> Path:
+    """The Python of the environment that `make sglang` makes."""
+    if not checks.engine("sglang").exists():
+        pytest.skip("needs SGLang: make sglang")
+    return checks.engine("sglang")
+
+
 def copy_tree(root: Path, folder: Path) -> None:
+    """Copy what git would commit; the engines' environments are linked."""
     for path in book.files(root):
         copy = folder / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
+    for name in (".venv-vllm", ".venv-sglang"):
+        if (root / name).exists():
+            (folder / name).symlink_to(root / name)
 
 
 @pytest.fixture

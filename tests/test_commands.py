@@ -15,7 +15,7 @@ COMMANDS = book.commands(ROOT)
 
 def title(command: book.Command) -> str:
     """The command in short: torchrun-2 chapter1/ch01_x.py --steps 10."""
-    text = re.sub(r"(chapter\d+)-\S*/", r"\1/", command.text)
+    text = re.sub(r"(chapter\d+)-\S*/", r"\1/", command.text.partition("\n")[0])
     return re.sub(r"torchrun --nproc[-_]per[-_]node[= ](\d+)", r"torchrun-\1", text)
 
 

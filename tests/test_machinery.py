@@ -563,3 +563,71 @@ def test_listing_of_a_file_that_is_not_python(repository: Path) -> None:
     assert text_problems(repository) == ""
     put(repository, f"{CHAPTER}/code/launch/a.sbatch", JOB.replace("sort", "uniq"))
     assert "make listings" in text_problems(repository)
+
+
+# --- servers and engines -----------------------------------------------------------------------
+
+SERVER = '''"""Answers.
+
+    python SERVER --port 8123 &
+    curl --silent --fail --retry 30 --retry-connrefused --retry-delay 1 http://127.0.0.1:8123/README.md
+    kill %1
+"""
+
+import argparse
+import http.server
+import signal
+import sys
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(CODE))
+parser = argparse.ArgumentParser()
+parser.add_argument("--port", type=int)
+address = ("127.0.0.1", parser.parse_args().port)
+http.server.HTTPServer(address, http.server.SimpleHTTPRequestHandler).serve_forever()
+'''
+
+
+@pytest.mark.parametrize(("code", "complaints"), [("0", []), ("3", ["ended with 3"])])
+def test_session_with_a_server(repository: Path, code: str, complaints: list[str]) -> None:
+    """Its lines run in one shell, on a port that is free; the server's own exit code counts."""
+    name = f"{CHAPTER}/code/server.py"
+    put(repository, name, SERVER.replace("SERVER", name).replace("CODE", code))
+    session = next(c for c in book.commands(repository) if c.script == name)
+    assert session.session
+    assert session.script == name
+    assert session.text.count("\n") == 2
+    found = checks.run_command(session, repository)
+    assert [line for problem in found for line in problem.splitlines()[:1]] == complaints
+    assert warm.orphans(repository) == []
+
+
+def test_session_of_a_text_is_compared(repository: Path) -> None:
+    name = f"{CHAPTER}/code/server.py"
+    put(repository, name, SERVER.replace("SERVER", name).replace("CODE", "0"))
+    lines = SERVER.replace("SERVER", name).replace("README.md", "said.txt").splitlines()[2:5]
+    fence = "\n".join(["```bash", *(line.strip() for line in lines), "```"])
+    marked = "\n\n<!-- output: session -->\n```text\nfive words\n```\n"
+    put(repository, "said.txt", "six words\n")
+    put(repository, "README.md", (repository / "README.md").read_text() + fence + marked)
+    session = next(c for c in book.commands(repository) if c.session and "said.txt" in c.text)
+    (problem,) = checks.run_command(session, repository)
+    assert "stale output block" in problem
+    put(repository, "said.txt", "five words\n")
+    assert checks.run_command(session, repository) == []
+
+
+def test_engine_that_is_not_installed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(repository, SCRIPT, 'import sys\n\nsys.exit("needs vLLM: make vllm")\n')
+    wanted = book.parse_command(f"python {SCRIPT}")
+    (problem,) = checks.run_command(wanted, repository)
+    assert "ended with 1" in problem  # it is a skip only with exit code 2 ...
+    put(
+        repository,
+        SCRIPT,
+        'import sys\n\nsys.stderr.write("needs vLLM: make vllm\\n")\nsys.exit(2)\n',
+    )
+    monkeypatch.setattr(checks, "engine", lambda name: repository / name)
+    with pytest.raises(pytest.skip.Exception, match=r"needs vLLM: make vllm"):
+        checks.run_command(wanted, repository)
+    monkeypatch.setattr(checks, "engine", lambda name: repository)  # ... and where it is not there
+    assert checks.run_command(wanted, repository)

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shlex
 import signal
 import socket
@@ -76,7 +77,7 @@ def run(command: str | Command, cwd: Path = ROOT, timeout: float = 300) -> Resul
     """Run a command warm where that is faithful; cold otherwise, or when COLD=1."""
     if isinstance(command, str):
         command = parse_command(command)
-    cold = os.environ.get("COLD", "0") not in ("", "0") or warm_plan(command) is None
+    cold = os.environ.get("COLD", "0") not in ("", "0") or warm_plan(command, cwd) is None
     return (run_cold if cold else run_warm)(command, cwd, timeout)
 
 
@@ -88,6 +89,8 @@ def run_cold(command: Command, cwd: Path, timeout: float) -> Result:
         folder = Path(sys.executable).parent
         program = command.argv[0] if not (folder / command.argv[0]).exists() else None
         argv = [program or str(folder / command.argv[0]), *command.argv[1:]]
+        if command.session:
+            argv = ["bash", "-ec", on_free_ports(command.text) + "\nwait $!"]
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(
                 argv,
@@ -107,9 +110,16 @@ def run_cold(command: Command, cwd: Path, timeout: float) -> Result:
         return Result(_text(out), _text(err), code, time.monotonic() - start)
 
 
+def on_free_ports(text: str) -> str:
+    """The lines of a session with a free port for each 8xxx, which may be taken on this machine."""
+    ports: dict[str, str] = {}
+    free = lambda match: ports.setdefault(match[0], str(_free_port()))  # noqa: E731
+    return re.sub(r"(?<=[: =])8\d{3}\b", free, text)
+
+
 def run_warm(command: Command, cwd: Path, timeout: float) -> Result:
     """Run `python SCRIPT` or `torchrun --nproc_per_node=N SCRIPT` in forked processes."""
-    plan = warm_plan(command)
+    plan = warm_plan(command, cwd)
     if plan is None:
         raise ValueError(f"cannot run warm: {command.text}")
     world_size, argv = plan
@@ -129,11 +139,11 @@ def run_warm(command: Command, cwd: Path, timeout: float) -> Result:
         return Result(_text(out), _text(err), code, time.monotonic() - start)
 
 
-def warm_plan(command: Command) -> tuple[int, list[str]] | None:
+def warm_plan(command: Command, cwd: Path = ROOT) -> tuple[int, list[str]] | None:
     """World size (0 without a launcher) and the script with its arguments; None: must run cold."""
     program, *rest = command.argv
-    other = {name for name, _ in command.env} - {"OMP_NUM_THREADS"}  # torch read them on import
-    if other or program not in ("python", "torchrun"):
+    variables = {name for name, _ in command.env} - {"OMP_NUM_THREADS"}  # torch read them on import
+    if variables or program not in ("python", "torchrun"):
         return None
     ranks = 0
     if program == "torchrun":
@@ -147,7 +157,11 @@ def warm_plan(command: Command) -> tuple[int, list[str]] | None:
                 ranks = int(value)
             elif flag != "--standalone" or value:
                 return None
-    return (ranks, rest) if rest and rest[0].endswith(".py") else None
+    if not rest or not rest[0].endswith(".py"):
+        return None
+    script = Path(cwd, rest[0])  # one that goes on as another Python is not to be forked
+    other = script.is_file() and "    enter_environment(" in script.read_text(encoding="utf-8")
+    return None if other else (ranks, rest)
 
 
 def fork_ranks(
