@@ -149,7 +149,9 @@ def measures(root: Path) -> list[book.Command]:
     return [
         command
         for command in book.commands(root)
-        if command.script and "--strict" in (root / command.script).read_text(encoding="utf-8")
+        if command.script
+        and (root / command.script).is_file()
+        and "--strict" in (root / command.script).read_text(encoding="utf-8")
     ]
 
 

@@ -66,6 +66,24 @@ def test_a_rank_that_fails_says_so_and_fails_the_run(write: Write, tmp_path: Pat
     ]
 
 
+def test_the_last_line_is_of_the_rank_where_most_failed(write: Write, tmp_path: Path) -> None:
+    """Rank 0 prints it, and may have kept all its own bounds."""
+    ranks = CODE / "ch01_multi_gpu_ddp.py"
+    lines = [
+        "import argparse\nimport torch\nimport torch.distributed as dist",
+        "from torch.distributed.elastic.multiprocessing.errors import record",
+        source_of(ranks, "join_group"),
+        "parse_args = lambda: argparse.Namespace(device='cpu')",
+        "run = lambda args, device: [check('rank', dist.get_rank(), most) for most in (2, 1, 0)]",
+        source_of(ranks, "main"),
+        "main()",
+    ]
+    script = write("\n\n".join(lines))
+    result = warm.run(f"torchrun --nproc_per_node=3 {script}", tmp_path)
+    assert result.returncode == 1
+    assert "2 of 3 checks FAILED\n" in result.stdout, result.stderr
+
+
 def test_stop_says_one_line_and_ends_with_2(write: Write, tmp_path: Path) -> None:
     result = warm.run(f"python {write('stop(sys.argv[0])')}", tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
