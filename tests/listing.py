@@ -11,6 +11,7 @@ from pathlib import Path
 
 # By a file's suffix; GitHub colours each. "bash" stays what a reader types, and the suite runs.
 LANGUAGES = {".py": "python", ".sh": "shell-script", ".sbatch": "shell-script", ".yaml": "yaml"}
+LANGUAGES |= {".json": "json"}
 
 
 def listing(path: str, name: str | None = None) -> None:

@@ -56,6 +56,13 @@ def built(m: ModuleType, a: Namespace, shape: tuple[int, ...], *more: Any) -> in
         return training(m.build(a, *more), torch.zeros(shape, dtype=torch.long))
 
 
+def residual(m: ModuleType, a: Namespace, dtype: torch.dtype) -> int:
+    """Training chapter 4's smallest model on the whole batch, as its reference in one process does."""
+    with META:
+        model = m.ResidualModel(a.width, a.layers).to(dtype)
+        return training(model, torch.zeros(a.batch, a.context, dtype=torch.long))
+
+
 def experts(m: ModuleType, a: Namespace, n: int) -> int:
     """All experts, which each rank builds to compare with, and their hidden layers for all tokens."""
     with META:
@@ -107,7 +114,13 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "train_ddp_torchrun": lambda m, a, n: language_model(m, a, -(-a.batch // n)),
     "train_elastic_checkpoint": lambda m, a, n: language_model(m, a, -(-a.batch // n)),
     "fsdp_checkpointing": lambda m, a, n: language_model(m, a, -(-a.batch // n)),  # unsharded
-    "train": chapter_8,
+    "fsdp_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
+    "fsdp2_basic": lambda m, a, n: 2 * residual(m, a, torch.float64),
+    "fsdp_strategies": lambda m, a, n: 4 * residual(m, a, torch.float32),
+    # Chapters 5 and 8 have a train.py each.
+    "train": lambda m, a, n: (
+        chapter_8(m, a, n) if hasattr(m, "SIZES") else language_model(m, a, a.config[m.MICRO])
+    ),
 }
 # Scripts whose modules are a few small layers, whatever the flags; or that count for themselves.
 SMALL = {
