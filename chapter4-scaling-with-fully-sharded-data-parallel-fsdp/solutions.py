@@ -1,4 +1,4 @@
-"""The answer to exercises.py, which says what the function must do and cost.
+"""The answers to exercises.py, which says what each function must do and cost.
 
 pytest tests/chapter4/test_exercises.py
 """
@@ -33,3 +33,32 @@ def sharded_gradient(
     part = torch.empty_like(shard)
     dist.reduce_scatter(part, list(gradient.chunk(world_size)))
     return loss.detach(), part / world_size
+
+
+def clip_sharded(gradients: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """The squares of all ranks add up; each rank then has the same number, and decides alike."""
+    device = gradients[0].device if gradients else None
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for gradient in gradients:
+        total += gradient.double().square().sum()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    if max_norm < norm < float("inf"):
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm.to(gradient.dtype))
+    return norm
+
+
+def reads(rows: int, saved_by: int, loaded_by: int, rank: int) -> list[tuple[int, int, int]]:
+    """The rank's rows, cut where the saving ranks' chunks end."""
+    saved_chunk = -(-rows // saved_by)
+    loaded_chunk = -(-rows // loaded_by)
+    start = min(rank * loaded_chunk, rows)
+    stop = min(start + loaded_chunk, rows)
+    pieces = []
+    while start < stop:
+        file = start // saved_chunk
+        end = min(stop, (file + 1) * saved_chunk)
+        pieces.append((file, start - file * saved_chunk, end - file * saved_chunk))
+        start = end
+    return pieces
