@@ -117,6 +117,11 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "fsdp_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp2_basic": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp_strategies": lambda m, a, n: 4 * residual(m, a, torch.float32),
+    "ch10_scaling_efficiency": lambda m, a, n: (
+        language_model(m, a, a.batch) + language_model(m, a, 0)
+    ),
+    "ch11_diloco": lambda m, a, n: byte_mlp(m, a, a.batch),
+    "ch11_fedavg": lambda m, a, n: byte_mlp(m, a, 4 * a.batch),
     # Chapters 5 and 8 have a train.py each.
     "train": lambda m, a, n: (
         chapter_8(m, a, n) if hasattr(m, "SIZES") else language_model(m, a, a.config[m.MICRO])

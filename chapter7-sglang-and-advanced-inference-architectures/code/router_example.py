@@ -157,8 +157,8 @@ def parse_args() -> argparse.Namespace:
     largest = args.prefix_tokens + 6 * (192 + 96)
     if args.kv_tokens < largest + PAGE:
         stop(f"--kv-tokens {args.kv_tokens}: the longest chat needs {largest + PAGE}")
-    if args.bound <= 1:
-        stop(f"--bound {args.bound:g}: at 1 or below there may be no worker left; type 1.25")
+    if args.bound < 1:
+        stop(f"--bound {args.bound:g}: below 1 there may be no worker left; type 1.25")
     return args
 
 

@@ -59,7 +59,7 @@ class PrefixAffinity:
     """The worker that was sent the longest prefix of this prompt before, unless it has too much.
 
     Too much is `bound` times the mean load, this request counted (bounded loads, arXiv:1608.01350).
-    A bound above 1 leaves at least one worker; among equals the least loaded is taken.
+    A bound of 1 or more leaves at least one worker; among equals the least loaded is taken.
     """
 
     def __init__(self, draw: random.Random, bound: float, pages: int) -> None:

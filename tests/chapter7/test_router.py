@@ -156,7 +156,7 @@ def test_any_number_of_workers(run: Run, workers: int, seed: int) -> None:
     ("arguments", "said"),
     [
         ("--kv-tokens 1000", "the longest chat needs"),
-        ("--bound 1", "type 1.25"),
+        ("--bound 0.9", "type 1.25"),
         ("--workers 0", "type --workers 1"),
         ("--seconds 0", "there is no request"),
     ],
