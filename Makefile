@@ -11,7 +11,7 @@ SITE := import sysconfig; print(sysconfig.get_paths()["purelib"])
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup vllm sglang test test-all measure lint copies listings outputs figures book-model clean
+.PHONY: help quickstart setup vllm sglang stack test test-all measure lint copies listings outputs figures book-model clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test: .venv/.test ## Run every command of the book, and a test of each thing tha
 
 test-all: .venv/.test ## The same, and more ranks, seeds, faults, bad input, a Slurm cluster, broken algorithms
 	python -m pytest --all $(ARGS)
+
+stack: .venv/.all ## Start chapter 9's tokenizer, two runners and gateway, until Ctrl-C
+	python chapter9-production-llm-serving-stack/code/ch09_stack.py --serve
 
 measure: .venv/.test ## On a quiet machine: which claims about speed hold here (ARGS="--chapter 2")
 	python tests/record.py measure $(ARGS)
