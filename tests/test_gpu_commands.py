@@ -116,6 +116,7 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "fsdp_checkpointing": lambda m, a, n: language_model(m, a, -(-a.batch // n)),  # unsharded
     "fsdp_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp2_basic": lambda m, a, n: 2 * residual(m, a, torch.float64),
+    "muon_fsdp2": lambda m, a, n: 2 * residual(m, a, torch.float32),
     "fsdp_strategies": lambda m, a, n: 4 * residual(m, a, torch.float32),
     "ch10_scaling_efficiency": lambda m, a, n: (
         language_model(m, a, a.batch) + language_model(m, a, 0)

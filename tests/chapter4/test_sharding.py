@@ -10,6 +10,7 @@ FLAGS = {
     "fsdp_from_scratch": "--width 48 --context 8",
     "fsdp2_basic": "--width 22 --context 8 --layers 2",
     "fsdp_strategies": "--width 22 --context 8 --layers 2 --steps 3",
+    "muon_fsdp2": "--width 22 --context 8 --layers 3",
 }
 MUTANTS = {
     "fsdp_from_scratch": [
@@ -27,6 +28,12 @@ MUTANTS = {
         ("(loss * n).backward()  # grad", "loss.backward()  # grad"),
         ("tokens[dist.get_rank() :: dist", "tokens[0 :: dist"),  # all train on the same windows
         ("gathers = 1 if name", "gathers = 2 if name"),
+    ],
+    "muon_fsdp2": [
+        ("newton_schulz(update.full_tensor())", "update.full_tensor()"),
+        ("whole[rank * chunk : (rank + 1) * chunk]", "whole[:chunk][: len(shard)]"),
+        ("newton_schulz(whole.view(own.shape))", "newton_schulz(whole.view(own.shape[::-1]))"),
+        ("return sum((n - 1) *", "return sum(n *"),
     ],
 }
 
