@@ -32,7 +32,9 @@ class TokenBudget:
         raise NotImplementedError
 
     def take(self, tokens: float) -> float:
+        """0.0 if the tokens are taken, or else the seconds until there are as many."""
         raise NotImplementedError
 
     def give_back(self, tokens: float) -> None:
+        """Put back what a request did not use."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ class TokenBudget:
         if tokens > self.capacity:
             return math.inf
         with self.lock:
-            self.fill()
+            self._fill()
             missing = tokens - self.level
             if missing > 1e-7:  # less is a rounding error of somebody who has waited
                 return missing / self.rate
@@ -32,10 +32,10 @@ class TokenBudget:
 
     def give_back(self, tokens: float) -> None:
         with self.lock:
-            self.fill()
+            self._fill()
             self.level = min(self.level + tokens, self.capacity)
 
-    def fill(self) -> None:
+    def _fill(self) -> None:
         now = self.clock()
         came_in = (now - self.counted_s) * self.rate
         self.level = min(self.level + came_in, self.capacity)

@@ -209,7 +209,7 @@ def windowed() -> type:
     """So many in each window of the clock, and all of them again in the next."""
 
     class Windowed(solution()):  # type: ignore[misc]
-        def fill(self: Any) -> None:
+        def _fill(self: Any) -> None:
             span = self.capacity / self.rate
             if self.clock() // span > self.counted_s // span:
                 self.level = self.capacity
@@ -239,10 +239,10 @@ def overflows() -> type:
     class Overflowing(solution()):  # type: ignore[misc]
         def give_back(self: Any, tokens: float) -> None:
             with self.lock:
-                self.fill()
+                self._fill()
                 self.level += tokens
 
-        def fill(self: Any) -> None:
+        def _fill(self: Any) -> None:
             now = self.clock()
             if now > self.counted_s:
                 came_in = (now - self.counted_s) * self.rate
@@ -262,8 +262,8 @@ def to_the_bit() -> type:
                 return 1e-12
             return answer
 
-        def fill(self: Any) -> None:
-            super().fill()
+        def _fill(self: Any) -> None:
+            super()._fill()
             self.before = self.level
 
     return ToTheBit
@@ -271,12 +271,12 @@ def to_the_bit() -> type:
 
 def drop_by_drop() -> type:
     class Dripping(solution()):  # type: ignore[misc]
-        def fill(self: Any) -> None:
+        def _fill(self: Any) -> None:
             drop_s = 0.001 * self.capacity / self.rate
             end_s = self.counted_s
             while end_s + drop_s < self.clock():
                 end_s += drop_s
-            super().fill()
+            super()._fill()
 
     return Dripping
 
@@ -294,7 +294,7 @@ def rounds_down() -> type:
     """Whole tokens only: what is left of a short pause is lost."""
 
     class Rounding(solution()):  # type: ignore[misc]
-        def fill(self: Any) -> None:
+        def _fill(self: Any) -> None:
             now = self.clock()
             if now > self.counted_s:
                 came_in = int((now - self.counted_s) * self.rate)
