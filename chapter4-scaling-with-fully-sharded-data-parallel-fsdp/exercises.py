@@ -19,7 +19,7 @@ def sharded_gradient(
     inputs: torch.Tensor,
     loss_of: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """1. Forward and backward on weights of which each rank holds a part. Section 4.1.
+    """1. Forward and backward on weights of which each rank holds a part. Section 4.2.
 
     `model` is on the meta device: it has names and shapes, and no numbers. Those are in the flat
     parameter, which is: all of `model.parameters()`, in this order, each flattened, one behind the

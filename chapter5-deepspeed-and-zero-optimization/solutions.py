@@ -1,7 +1,10 @@
-"""The answer to exercises.py, which says what the function must do and cost.
+"""The answers to exercises.py, which says what each function must do and cost.
 
 pytest tests/chapter5/test_exercises.py
 """
+
+import math
+from fractions import Fraction
 
 import torch
 import torch.distributed as dist
@@ -42,3 +45,50 @@ def zero1_step(
     dist.all_gather(list(whole.chunk(world_size)), new)
     weights.copy_(whole[: len(weights)])
     return norm
+
+
+def close_triangle(
+    batch: int | None, micro: int | None, accumulation: int | None, ranks: int
+) -> tuple[int, int, int]:
+    """What is given besides the batch, times the ranks, has to divide the batch."""
+    if batch is None and micro is None:
+        raise ValueError
+    unit = (micro or 1) * (accumulation or 1) * ranks
+    if batch is None:
+        return unit, micro or 1, accumulation or 1
+    given = micro is not None and accumulation is not None
+    if batch % unit or (given and batch != unit):
+        below = unit if given else batch // unit * unit
+        above = unit if given else below + unit
+        raise ValueError(*sorted({size for size in (below, above) if size > 0}))
+    if micro is None:
+        return batch, batch // unit, accumulation or 1
+    return batch, micro, batch // (micro * ranks)
+
+
+def cheapest_plan(
+    parameters: int,
+    weight_bytes: int,
+    ranks: int,
+    windows: int,
+    window_bytes: int,
+    memory: int,
+) -> tuple[int, int] | None:
+    """All stages with all divisors: sent bytes, stage and accumulation compare as a tuple does."""
+    of_rank = windows // ranks
+    small = [a for a in range(1, math.isqrt(of_rank) + 1) if of_rank % a == 0]
+    plans = []
+    for accumulation in {*small, *(of_rank // a for a in small)}:
+        micro = of_rank // accumulation
+        master = 12 if weight_bytes == 2 else 8
+        part = Fraction(weight_bytes, ranks)
+        gradients = [weight_bytes, weight_bytes if accumulation > 1 else part, part, part]
+        weights = [weight_bytes, weight_bytes, weight_bytes, part]
+        sends = [2, 3, 2 * accumulation + 1, 3 * accumulation]
+        for stage in range(4):
+            state = Fraction(12, ranks) if stage else master
+            held = parameters * (weights[stage] + gradients[stage] + state)
+            if held + micro * window_bytes <= memory:
+                sent = sends[stage] if ranks > 1 else 0
+                plans.append((sent, stage, accumulation))
+    return min(plans)[1:] if plans else None

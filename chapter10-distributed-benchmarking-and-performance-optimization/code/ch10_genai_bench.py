@@ -259,7 +259,7 @@ def measure(base: str, key: str, args: argparse.Namespace) -> list[bool | None]:
     slowest = ", ".join(str(len(load.done)) for load in loads)
     say(f"p99           of {slowest} requests: below 100 of them it is the slowest one")
     say(f"goodput       requests/s within {args.slo_ttft_ms:g} ms to the first token, "
-        f"{args.slo_tpot_ms:g} ms for each other")  # fmt: skip
+        f"{args.slo_tpot_ms:g} ms for each of the others")  # fmt: skip
     say("ITL           none: genai-bench keeps no times of the tokens between first and last")
     if warmup:
         say(f"cold          {1e3 * warmup[0]:.0f} ms to the first token of the first request, "

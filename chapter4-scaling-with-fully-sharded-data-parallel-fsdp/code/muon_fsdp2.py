@@ -101,16 +101,16 @@ def step(
     """Muon's update with Nesterov momentum; momenta are sharded as the weights are."""
     updates = []
     for p in matrices:
-        gradient = here(p.grad)
+        gradient = local_part(p.grad)
         momentum = momenta.setdefault(p, torch.zeros_like(gradient))
         momentum.lerp_(gradient, 1 - MOMENTUM)
         updates.append(gradient.lerp(momentum, MOMENTUM))
     for p, update in zip(matrices, direction(matrices, updates), strict=True):
         scale = 0.2 * max(p.shape) ** 0.5  # as large as AdamW's updates (arXiv:2502.16982)
-        here(p.detach()).add_(update, alpha=-lr * scale)
+        local_part(p.detach()).add_(update, alpha=-lr * scale)
 
 
-def here(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -199,8 +199,8 @@ def difference(model: nn.Module, reference: nn.Module) -> float:
     apart = []
     for p, q in zip(matrices_of(model), matrices_of(reference), strict=True):
         part = distribute_tensor(q.detach(), p.device_mesh, p.placements, src_data_rank=None)
-        if here(p).numel():
-            apart.append((here(p.detach()) - here(part)).abs().max() / q.abs().max())
+        if local_part(p).numel():
+            apart.append((local_part(p.detach()) - local_part(part)).abs().max() / q.abs().max())
     return torch.stack(apart).max().item() if apart else 0.0
 
 

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 2**30
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-# Memory of a GPU that torchtitan reports for the 8B, GiB, by number of GPUs: 4.7 has the source.
+# Memory of a GPU that torchtitan reports for the 8B, GiB, by number of GPUs; section 4.10 has the source.
 TITAN = {8: 82.4, 128: 67.0}
 
 
