@@ -117,6 +117,9 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "fsdp_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp2_basic": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "muon_fsdp2": lambda m, a, n: 2 * residual(m, a, torch.float32),
+    "fsdp2_checkpoint_dcp": lambda m, a, n: (
+        2 * residual(m, Namespace(**vars(a), batch=4, context=33), torch.float32)
+    ),
     "fsdp_strategies": lambda m, a, n: 4 * residual(m, a, torch.float32),
     "ch10_scaling_efficiency": lambda m, a, n: (
         language_model(m, a, a.batch) + language_model(m, a, 0)

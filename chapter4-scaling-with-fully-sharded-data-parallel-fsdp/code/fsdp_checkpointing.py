@@ -1,21 +1,16 @@
-r"""Chapter 3's training on sharded weights (FSDP2), with activations computed again instead of kept.
+r"""Activations computed again instead of kept: what each choice saves and costs.
 
     torchrun --nproc_per_node=2 chapter4-scaling-with-fully-sharded-data-parallel-fsdp/code/fsdp_checkpointing.py \
-        --measure --plot chapter4-scaling-with-fully-sharded-data-parallel-fsdp/figures/activation_checkpointing.svg
-    torchrun --nproc_per_node=2 chapter4-scaling-with-fully-sharded-data-parallel-fsdp/code/fsdp_checkpointing.py \
         --compare chapter3-distributed-training-with-pytorch-ddp/code/golden.json \
-        --checkpoint-activations every --out runs/ch04_fsdp --save-every 4 --stop-at 12 --resume
-    torchrun --nproc_per_node=3 chapter4-scaling-with-fully-sharded-data-parallel-fsdp/code/fsdp_checkpointing.py \
-        --compare chapter3-distributed-training-with-pytorch-ddp/code/golden.json \
-        --checkpoint-activations second --out runs/ch04_fsdp --resume
+        --plot chapter4-scaling-with-fully-sharded-data-parallel-fsdp/figures/activation_checkpointing.svg
 
 On GPUs:
     torchrun --nproc_per_node=8 chapter4-scaling-with-fully-sharded-data-parallel-fsdp/code/fsdp_checkpointing.py \
-        --width 2048 --layers 24 --heads 16 --context 2048 --batch 24 --steps 20 --lr 3e-4 \
-        --checkpoint-activations every --measure
+        --width 2048 --layers 24 --heads 16 --context 2048 --batch 24 --lr 3e-4
 
-Look at the table of the first run: what a rank holds, and what computing again saves and costs. The
-other two train to chapter 3's losses: two ranks begin, three go on. Sections 4.1 to 4.4.
+Look at the table: what a rank holds of chapter 3's model under FSDP2, and what computing again saves
+and costs. Then each choice trains, on chapter 3's flags with --compare: to the same losses.
+Section 4.4.
 """
 
 import argparse
@@ -23,35 +18,33 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# What must not differ between a run and the one that it goes on from, or is compared with.
-RECIPE = ["width", "layers", "heads", "context", "batch", "dropout", "seed"]
+MODES = ("none", "every", "second", "selective")  # what runs again in backward
+RECIPE = ["width", "layers", "heads", "context", "batch", "dropout", "seed"]  # of the file's run
 RECIPE += ["steps", "warmup", "lr", "clip"]
-MODES = ("none", "every", "second")  # which blocks run again in backward
 MIB = 2**20
-FLAT = state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 CPU_ATTENTION = {  # the GPUs' kernels FlopCounterMode knows, these it does not
@@ -66,17 +59,33 @@ def build_sharded(args: argparse.Namespace, mode: str, device: torch.device) -> 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     torch.manual_seed(args.seed)
     model = ByteLlama(args.width, args.layers, args.heads, args.context, args.dropout)
-    for i, block in enumerate(model.blocks):
-        if runs_again(i, mode):
-            model.blocks[i] = checkpoint_wrapper(block)
-        fully_shard(model.blocks[i], mesh=mesh)  # moves the block to the device and shards it
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = run_again(block, number, mode)
+        fully_shard(model.blocks[number], mesh=mesh)  # moves it to the device and shards it
     fully_shard(model, mesh=mesh)  # a group of what is left: embed, norm and head
     return model
 
 
-def runs_again(block: int, mode: str) -> bool:
-    """Whether a block keeps its input only. `second` spares the last of each two."""
-    return mode == "every" or (mode == "second" and block % 2 == 0)
+def run_again(block: nn.Module, number: int, mode: str) -> nn.Module:
+    """The block; one that runs again in backward keeps its input, and what `selective` names."""
+    if mode == "selective":
+        kept = partial(create_selective_checkpoint_contexts, products())
+        return checkpoint_wrapper(block, context_fn=kept)
+    if mode == "every" or (mode == "second" and number % 2 == 0):  # spares the last of each two
+        return checkpoint_wrapper(block)
+    return block
+
+
+def products() -> list[torch._ops.OpOverload]:
+    """Operators whose results take long to make again: matrix products and fused attention."""
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
 
 
 def predict_step(args: argparse.Namespace, mode: str, windows: int) -> Counts:
@@ -100,8 +109,12 @@ def predict_step(args: argparse.Namespace, mode: str, windows: int) -> Counts:
     # Attention: qkv, q and k turned, output in two orders, log-sum-exp. Gate and up, silu, product.
     floats = 2 * (3 * width + 1) + 7 * width + args.heads + 4 * hidden
     floats += 2 * width if args.dropout else 0  # two masks
-    again = [runs_again(i, mode) for i in range(args.layers)]
+    # Selective: the input, and the results of qkv, attention, out, gate_up and down.
+    chosen = width + 3 * width + width + args.heads + width + 2 * hidden + width
+    again = [mode == "every" or (mode == "second" and i % 2 == 0) for i in range(args.layers)]
     kept = [4 * tokens * (width if drops else floats) for drops in again]
+    if mode == "selective":
+        kept = [4 * tokens * chosen] * args.layers
     # Around the blocks: the last norm, log-softmax; windows and, copied out of two or more, targets
     # (int64); the rotation.
     around = 4 * tokens * (3 * width + 1 + 256) + 8 * windows * (args.context + 1)
@@ -112,10 +125,11 @@ def predict_step(args: argparse.Namespace, mode: str, windows: int) -> Counts:
     for i in range(args.layers):
         later = args.layers - 1 - i
         own = 4 * tokens * (floats + width + 3 * hidden)
+        own += 4 * tokens * width if mode == "selective" else 0  # of `down`, which nothing asks for
         peaks.append(sum(kept[:i]) + own + later * block // world_size + block * min(later, 1))
 
-    # FLOPs per token. Fused attention computes its scores again in backward. A block that runs again
-    # stops when backward has what it wants: before `down`, unless dropout comes behind it.
+    # FLOPs of products per token. Fused attention computes its scores again in backward. A block that
+    # runs again stops when backward has what it wants: before `down`, unless dropout comes behind it.
     matrices = 4 * width**2 + 3 * width * hidden
     forward = 2 * matrices + 4 * args.context * width
     backward = 4 * matrices + 10 * args.context * width
@@ -146,6 +160,22 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Results(TorchDispatchMode):
+    """The storages of those products' results that somebody still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        if function in products():
+            for result in results if isinstance(results, tuple) else [results]:
+                if isinstance(result, torch.Tensor):
+                    self.alive.add(result.untyped_storage())
+        return results
+
+
 def count_step(
     args: argparse.Namespace, mode: str, window: torch.Tensor, device: torch.device
 ) -> tuple[Counts, list[torch.Tensor]]:
@@ -161,9 +191,11 @@ def count_step(
     torch.manual_seed(args.seed + dist.get_rank())  # for dropout
     flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with flops, Collectives() as collectives:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with Results() as results, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             logits = model(window[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+            del logits
+        saved |= {storage.data_ptr(): storage for storage in results.alive}  # by `selective`
         root = [p for p in model.parameters() if not isinstance(p, DTensor)]  # still gathered
         gathered = {p.untyped_storage().data_ptr(): p.nbytes for p in root}
         # A block's weights are among what is saved too, but freed: their storage has 0 bytes.
@@ -210,14 +242,14 @@ def account(
     counted, results = {}, {}
     for mode in MODES:
         counted[mode], results[mode] = count_step(args, mode, window, device)
-    say(f"{'blocks run again':<24}" + "".join(f"{mode:>22}" for mode in MODES))
-    say(f"{'on rank 0':<24}" + f"{'predicted':>12}{'counted':>10}" * len(MODES))
+    say(f"{'runs again in backward':<22}" + "".join(f"{mode:>18}" for mode in MODES))
+    say(f"{'on rank 0':<22}" + f"{'predicted':>10}{'counted':>8}" * len(MODES))
     for part in predicted["none"]:
-        digits = 0 if part == "all-gathers" else 3
+        digits = 0 if part == "all-gathers" or predicted["none"][part] >= 1000 else 3
         pairs = [
-            f"{predicted[m][part]:>12.{digits}f}{counted[m][part]:>10.{digits}f}" for m in MODES
+            f"{predicted[m][part]:>10.{digits}f}{counted[m][part]:>8.{digits}f}" for m in MODES
         ]
-        say(f"{part:<24}" + "".join(pairs))
+        say(f"{part:<22}" + "".join(pairs))
     if args.plot and dist.get_rank() == 0:
         draw(counted, args.plot)
 
@@ -241,173 +273,58 @@ def account(
     ]
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """All that training changes, by name: of each tensor this rank's shard, as a DTensor."""
-    weights, moments = state_dict.get_state_dict(model, optimizer, options=FLAT)
-    return {"model": weights, "optimizer": moments}
-
-
-def digests(state: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """SHA-256 of each tensor, gathered whole, one at a time: the same on any number of ranks."""
-    found = {}
-    for part, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                found[f"{part}.{name}"] = hashlib.sha256(whole.cpu().numpy()).hexdigest()
-    return found
-
-
-def save_sharded(folder: Path, state: dict[str, dict[str, Any]], notes: dict) -> None:
-    """Each rank writes its shards. A name step-... appears when all of them are on the disk."""
-    draft = folder / "draft"
-    notes["digests"] = digests(state)
-    if dist.get_rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)  # what a killed save has left
-    dist.barrier()
-    dcp.save(state, checkpoint_id=draft)  # waits for the disk; `.metadata` comes last
-    if dist.get_rank() == 0:
-        (draft / "notes.json").write_text(json.dumps(notes, indent=1))
-        sync(draft / "notes.json")
-        sync(draft)
-        target = folder / f"step-{notes['step']:06}"
-        shutil.rmtree(target, ignore_errors=True)  # incomplete, or this run would have begun there
-        draft.rename(target)
-        sync(folder)
-        for old in complete(folder)[:-2]:
-            shutil.rmtree(old.rename(draft))
-    dist.barrier()  # nobody goes on to die beside a checkpoint that is half written
-
-
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first. One without .metadata was never finished."""
-    return sorted(path for path in folder.glob("step-*") if (path / ".metadata").is_file())
-
-
-def load_sharded(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict
-) -> dict:
-    """Go on from a checkpoint that any number of ranks have saved; returns the notes beside it."""
-    notes = json.loads((path / "notes.json").read_text())
-    for name, value in recipe.items():
-        saved = notes["recipe"].get(name)
-        if saved != value:
-            stop(f"{path} has {name} {saved}, this run {value}: type another --out")
-    state = state_of(model, optimizer)
-    try:
-        dcp.load(state, checkpoint_id=path)  # each rank reads what overlaps with its shards
-    except dcp.CheckpointException as error:  # on all ranks, if on one
-        cause = str(next(iter(error.failures.values()))[0]).partition(". ")[0]
-        stop(f"cannot load {path} ({cause}): move it away, and the one before it is next")
-    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    state_dict.set_state_dict(model, optimizer, **parts, options=FLAT)
-    return notes
-
-
-@torch.no_grad()
-def evaluate_sharded(
-    model: nn.Module, windows: torch.Tensor, device: torch.device, batch: int
-) -> tuple[float, int]:
-    """Chapter 3's, but each forward gathers weights: all ranks run equally many, some on nothing."""
-    model.eval()
-    pooled = torch.zeros(2, dtype=torch.double, device=device)  # sum of losses, tokens
-    for whole in windows.split(batch):
-        window = whole[dist.get_rank() :: dist.get_world_size()].to(device)  # may be [0, ...]
-        logits = model(window[:, :-1])
-        targets = window[:, 1:].flatten()
-        pooled[0] += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
-        pooled[1] += targets.numel()
-    dist.all_reduce(pooled)
-    model.train()
-    loss, tokens = pooled.tolist()
-    return loss / tokens, int(tokens)
-
-
-def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+def train_with(
+    args: argparse.Namespace, mode: str, windows: torch.Tensor, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Train from the first weights on; returns the losses and gradient norms of all steps."""
     rank = dist.get_rank()
-    world_size = dist.get_world_size()
-    if not (args.compare or device.type == "cpu"):
-        torch.set_float32_matmul_precision("high")  # TF32: too coarse to compare with a file
-    train, held_out = read_windows(args)
-    model = build_sharded(args, args.checkpoint_activations, device)
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{ranks} on {device.type}: {parameters:,} parameters")
-    again = sum(runs_again(i, args.checkpoint_activations) for i in range(args.layers))
-    say(f"backward      runs {again} of {args.layers} blocks again")
-    claims = account(args, train, device) if args.measure else []
-
+    model = build_sharded(args, mode, device)
     optimizer = torch.optim.AdamW(  # after fully_shard: of the shards
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
     )
-    sampler = ShareOfBatch(len(train), args.batch, rank, world_size, args.seed)
-    loader = DataLoader(train, batch_size=None, sampler=sampler, pin_memory=device.type != "cpu")
-    recipe = {name: getattr(args, name) for name in RECIPE}
-    recipe["data"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    step = 0
+    sampler = ShareOfBatch(len(windows), args.batch, rank, dist.get_world_size(), args.seed)
+    loader = DataLoader(windows, batch_size=None, sampler=sampler, pin_memory=device.type != "cpu")
+    torch.manual_seed(args.seed + rank)  # for dropout
     losses, norms = [], []
-    found = complete(args.out) if args.resume else []
-    newest = [""] * world_size
-    dist.all_gather_object(newest, found[-1].name if found else "none")
-    if len(set(newest)) > 1:
-        stop(f"ranks would go on from {sorted(set(newest))}: type an --out that all nodes share")
-    if found:
-        notes = load_sharded(found[-1], model, optimizer, recipe)
-        step = notes["step"]
-        losses, norms = notes["losses"], notes["norms"]
-        say(f"resuming      at step {step}, saved by {notes['ranks']}")
-        loaded = digests(state_of(model, optimizer))
-        damaged = [name for name in loaded if loaded[name] != notes["digests"].get(name)]
-        claims.append(check("tensors with other bits than were saved", len(damaged), 0))
-        if damaged:
-            stop(f"{found[-1]} is damaged, in {damaged[0]}: move it away")
-    elif args.resume:
-        say("resuming      at step 0: there is no checkpoint yet")
-    # Dropout masks of this rank's own, and after a resume others than at the start.
-    torch.manual_seed(((args.seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)
-    before, _ = evaluate_sharded(model, held_out, device, args.batch)
-
-    last = min(args.steps, args.stop_at or args.steps)
-    new_losses, new_norms = [], []  # since the last line; the losses are this rank's parts
-    say(f"{'step':>6}{'learning rate':>15}{'gradient norm':>15}{'loss':>8}")
-    for window in batches(loader, sampler, step, last):
-        rate = args.lr * learning_rate(step, args.warmup, args.steps)
+    for step, window in enumerate(batches(loader, sampler, 0, args.steps)):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = args.lr * learning_rate(step, args.warmup, args.steps)
         loss, norm = train_step(model, optimizer, window.to(device), args.batch, args.clip)
-        new_losses.append(loss)
-        new_norms.append(norm.full_tensor())  # a DTensor, as the gradients are
-        step += 1
-        saving = args.out and (step == last or (args.save_every and step % args.save_every == 0))
-        if not (saving or step == last or step % args.log_every == 0):
-            continue  # without waiting for the device
-        pooled = torch.stack(new_losses).double()
-        dist.all_reduce(pooled)
-        losses += pooled.tolist()
-        norms += torch.stack(new_norms).tolist()
-        new_losses.clear()
-        new_norms.clear()
-        say(f"{step:>6}{rate:>15.6f}{norms[-1]:>15.3f}{losses[-1]:>8.3f}")
-        if saving:
-            notes = {"step": step, "ranks": ranks, "recipe": recipe}
-            notes |= {"losses": losses, "norms": norms}
-            save_sharded(args.out, state_of(model, optimizer), notes)
+        losses.append(loss)
+        norms.append(norm.full_tensor())  # a DTensor, as the gradients are
+    pooled = torch.stack(losses).double()
+    dist.all_reduce(pooled)
+    return pooled.tolist(), torch.stack(norms).tolist()
 
-    after, counted = evaluate_sharded(model, held_out, device, args.batch)
-    say(f"held out      {before:.3f} -> {after:.3f} nats per byte, {counted:,} tokens")
-    claims += [
-        check("held-out loss after training, and before", after, before),
-        check("held-out tokens missed or seen twice", abs(held_out[:, 1:].numel() - counted), 0),
-    ]
+
+def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
+    world_size = dist.get_world_size()
+    train, _ = read_windows(args)
+    with torch.device("meta"):
+        model = ByteLlama(args.width, args.layers, args.heads, args.context)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {parameters:,} parameters")
+    claims = account(args, train, device)
+
+    recipe_args = argparse.Namespace(**vars(args))
     if args.compare:
         golden = json.loads(args.compare.read_text())
-        if golden["recipe"] != recipe:
-            stop(f"{args.compare} comes from other flags or data: make it anew with --json")
-        count = len(losses)  # fewer than the file's after --stop-at
-        apart = torch.tensor(losses) - torch.tensor(golden["losses"][:count])
-        ratio = torch.tensor(norms) / torch.tensor(golden["norms"][:count])
-        claims.append(check("max |loss - the file's|", apart.abs().max().item(), 1e-5))
-        claims.append(check("max |norm / the file's - 1|", (ratio - 1).abs().max().item(), 1e-4))
+        vars(recipe_args).update((name, golden["recipe"][name]) for name in RECIPE)
+        recipe_args.data = Path(golden["file"])
+    windows, _ = read_windows(recipe_args)
+    curves = {}
+    say(f"{f'{recipe_args.steps} steps':<22}{'first loss':>18}{'last loss':>18}")
+    for mode in MODES:
+        losses, norms = train_with(recipe_args, mode, windows, device)
+        curves[mode] = losses
+        say(f"{mode:<22}{losses[0]:>18.6f}{losses[-1]:>18.6f}")
+    apart = max(abs(a - b) for c in curves.values() for a, b in zip(curves["none"], c, strict=True))
+    bound = 0 if device.type == "cpu" else 1e-3
+    claims.append(check("in all steps, max |loss - the one with none|", apart, bound))
+    if args.compare:
+        recipe = {name: getattr(recipe_args, name) for name in RECIPE}
+        recipe["data"] = hashlib.sha256(recipe_args.data.read_bytes()).hexdigest()
+        claims += compare_with_file(args.compare, recipe, losses, norms, 1e-5)
     return claims
 
 
@@ -428,7 +345,7 @@ def draw(counted: dict[str, Counts], path: Path) -> None:
         axes.bar(labels, heights, 0.5, below, label=part.replace("peak", "more at the peak"))
         below += heights
     axes.set_ylabel("MiB on rank 0")
-    axes.legend(loc="upper center")
+    axes.legend(loc="upper right", ncols=2)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -437,10 +354,6 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint-activations", choices=MODES, default="none", help="blocks that run again")
-    add("--measure", action="store_true", help="first account for one step of each kind")
-    add("--strict", action="store_true", help="exit 1 if an `expect:` line does not hold")
-    add("--plot", type=Path, help="draw what --measure counts into this SVG file")
     add("--data", type=Path, default="resources/corpus.txt", help="text to learn, as bytes")
     add("--context", type=int, default=128, help="bytes per window")
     add("--batch", type=int, default=12, help="windows per step, of all ranks")
@@ -448,35 +361,20 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=4, help="transformer blocks")
     add("--heads", type=int, default=4, help="attention heads; 2 x heads divides --width")
     add("--dropout", type=float, default=0.0, help="share of units dropped")
-    add("--steps", type=int, default=20, help="optimizer steps")
+    add("--steps", type=int, default=4, help="optimizer steps with each choice")
     add("--warmup", type=int, default=10, help="steps to the peak rate")
     add("--lr", type=float, default=3e-3, help="AdamW's peak learning rate")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient")
     add("--seed", type=int, default=0, help="for weights, shuffling and dropout")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--log-every", type=int, default=10, help="steps between two lines")
-    add("--out", type=Path, help="folder for checkpoints; default: save nothing")
-    add("--save-every", type=int, default=0, help="steps; 0: only at the end")
-    add("--resume", action="store_true", help="go on from the newest in --out, if there is one")
-    add("--stop-at", type=int, help="leave after this step; --steps stays")
-    add("--compare", type=Path, help="a --json file of chapter 3's trainer: its flags and losses")
+    add("--compare", type=Path, help="a --json file of chapter 3's trainer: train by its flags")
+    add("--plot", type=Path, help="draw the memory of each choice into this SVG file")
+    add("--strict", action="store_true", help="exit 1 if an `expect:` line does not hold")
     args = parser.parse_args()
-    if args.compare:
-        golden = json.loads(args.compare.read_text())
-        vars(args).update((name, golden["recipe"][name]) for name in RECIPE)
-        args.data = Path(golden["file"])
     if args.width % (2 * args.heads):
         stop(f"--width {args.width} is no multiple of 2 x --heads {args.heads}")
-    if args.out is None and (args.resume or args.save_every):
-        stop("--resume and --save-every want a folder: type --out DIR")
-    if args.plot and not args.measure:
-        stop("--plot draws what is counted: type --measure too")
-    if args.measure and args.batch < int(os.environ.get("WORLD_SIZE", 1)):
-        stop(f"--measure wants a window for each rank: type --batch {os.environ['WORLD_SIZE']}")
-    if args.out and complete(args.out) and not args.resume:
-        stop(f"{complete(args.out)[-1]} is there: type --resume to go on, or another --out")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+    if args.batch < int(os.environ.get("WORLD_SIZE", 1)):
+        stop(f"each rank wants a window: type --batch {os.environ['WORLD_SIZE']}")
     return args
 
 
@@ -538,6 +436,23 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach(), norm
+
+
+# Copied from train_fsdp2.compare_with_file
+def compare_with_file(
+    path: Path, recipe: dict, losses: list[float], norms: list[float], bound: float
+) -> list[bool]:
+    """Hold losses and gradient norms against those that chapter 3's trainer wrote by --json."""
+    golden = json.loads(path.read_text())
+    if golden["recipe"] != recipe:
+        stop(f"{path} comes from other flags or data: make it anew with --json")
+    count = len(losses)  # fewer than the file's after --stop-at
+    apart = torch.tensor(losses) - torch.tensor(golden["losses"][:count])
+    ratio = torch.tensor(norms) / torch.tensor(golden["norms"][:count])
+    return [
+        check("max |loss - the file's|", apart.abs().max().item(), bound),
+        check("max |norm / the file's - 1|", (ratio - 1).abs().max().item(), 10 * bound),
+    ]
 
 
 # Copied from train_ddp_torchrun.learning_rate
@@ -654,16 +569,6 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     cos, sin = rotation
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-# Copied from train_elastic_checkpoint.sync
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Copied from ch01_single_gpu_baseline.read_bytes
