@@ -114,9 +114,10 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "train_ddp_torchrun": lambda m, a, n: language_model(m, a, -(-a.batch // n)),
     "train_elastic_checkpoint": lambda m, a, n: language_model(m, a, -(-a.batch // n)),
     "fsdp_checkpointing": lambda m, a, n: language_model(m, a, -(-a.batch // n)),  # unsharded
-    "train_fsdp2": lambda m, a, n: (
-        language_model(m, a, -(-a.batch // n // a.accumulate))  # unsharded
-    ),
+    "train_fsdp2": lambda m, a, n: language_model(
+        m, a, -(-a.batch // n // a.accumulate)
+    ),  # unsharded
+    "zero_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp2_basic": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "muon_fsdp2": lambda m, a, n: 2 * residual(m, a, torch.float32),

@@ -22,7 +22,7 @@ On GPUs:
         --width 2048 --layers 24 --heads 16 --context 2048 --batch 16 --stages 1 2 3
 
 Look at the table of the first run: what a rank holds and sends at each stage. The other two are one
-training that was stopped and goes on. Sections 5.1 to 5.4.
+training that was stopped and goes on. Sections 5.1, 5.2, 5.5 and 5.6.
 """
 
 import argparse

@@ -306,7 +306,7 @@ def test_the_text_prints_the_configuration_of_the_script() -> None:
     assert CONFIG in shown
 
 
-# --- what comes wrong first (section 5.5) -------------------------------------------------------
+# --- what comes wrong first (section 5.7) -------------------------------------------------------
 
 
 def engine_of(changes: dict[str, Any], zero: dict[str, Any]) -> Any:
@@ -334,7 +334,7 @@ def window_of() -> torch.Tensor:
 
 
 def mistakes_in_rank(folder: str) -> dict[str, Any]:
-    """What the mistakes of section 5.5 print, or do without a word."""
+    """What the mistakes of section 5.7 print, or do without a word."""
     found: dict[str, Any] = {}
     engine = engine_of({"gradient_cliping": 0.5}, {"stage": 1})
     found["typing error"] = engine.gradient_clipping()
