@@ -69,7 +69,7 @@ def cheapest_plan(
     window_bytes: int,
     memory: int,
 ) -> tuple[int, int] | None:
-    """3. Which stage, and how many micro batches? The least traffic that fits. Sections 5.2 and 5.3.
+    """3. Which stage, and how many micro batches? The least traffic that fits. Section 5.2.
 
     A step trains on `windows` windows of text, on all `ranks` together. A rank works on its
     windows / (ranks x accumulation) at a time, and keeps `window_bytes` of activations for each.
@@ -82,7 +82,6 @@ def cheapest_plan(
     the one that sends least; of those the lowest stage; of those the smallest accumulation. None if
     no plan fits. An accumulation must cut each rank's windows into equal micro batches, without a
     rest; `windows` is a multiple of `ranks`. Let parts of parameters be exact fractions: no padding.
-
-    Cost: up to a million windows a rank in less than a second.
+    A single rank sends nothing.
     """
     raise NotImplementedError

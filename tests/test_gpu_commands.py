@@ -117,6 +117,8 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "train_fsdp2": lambda m, a, n: language_model(
         m, a, -(-a.batch // n // a.accumulate)
     ),  # unsharded
+    "checkpoint_convert": lambda m, a, n: residual(m, a, torch.float32),
+    "benchmark_zero_vs_fsdp": lambda m, a, n: 6 * residual(m, a, torch.float32),
     "zero_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp_from_scratch": lambda m, a, n: 2 * residual(m, a, torch.float64),
     "fsdp2_basic": lambda m, a, n: 2 * residual(m, a, torch.float64),
