@@ -360,6 +360,8 @@ def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of DeepSpeed's calls
     deepspeed.utils.logger.setLevel("ERROR")  # it warns of SGD at each start
+    n = dist.get_world_size()
+    say(f"{n} rank{'s' * (n > 1)} on {device.type}")
     claims = []
     for name, mistake in MISTAKES.items():
         if args.only in (None, name):
