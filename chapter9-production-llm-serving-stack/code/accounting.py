@@ -10,12 +10,13 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from backends import Replica
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,6 +38,16 @@ class Record:
     first_token_s: float | None = None
     started: float = field(default_factory=time.monotonic)
     resources: AsyncExitStack = field(default_factory=AsyncExitStack)
+    attempt: "Attempt | None" = None  # the last one
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One request to one backend."""
+
+    labels: tuple[str, str]  # backend, first or retry
+    asked: float = field(default_factory=time.monotonic)
+    first_token_s: float | None = None
 
 
 class Metrics:
@@ -54,15 +65,21 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.asked = Counter(
+            "gateway_backend_asked",
+            "Requests to a backend that have begun",
+            ["backend", "attempt"],
+            registry=registry,
+        )
         self.attempts = Counter(
             "gateway_backend_attempts",
-            "Requests to a backend; one that the client left is not counted",
+            "Requests to a backend that have ended: ok, error, busy, refused, or left by the client",
             ["backend", "attempt", "outcome"],
             registry=registry,
         )
         self.seconds = Histogram(
             "gateway_backend_seconds",
-            "From a request to a backend to its first token, or to an answer in one piece",
+            "Of those that were ok: until their first token, or an answer in one piece",
             ["backend", "attempt"],
             buckets=SECONDS,
             registry=registry,
@@ -77,16 +94,52 @@ class Metrics:
         for replica in replicas:
             up.labels(replica.name).set_function(lambda r=replica: float(r.up))
             load.labels(replica.name).set_function(lambda r=replica: float(r.load))
+        self.under_way: set[Attempt] = set()
+        registry.register(self)  # calls collect()
 
-    def first_token(self, record: Record, asked: float) -> None:
+    def begin(self, record: Record) -> None:
+        """Count that a backend is asked. However the request ends, `record.attempt` will too."""
+        backend = record.replica.partition("/")[0]
+        labels = (backend, "first" if record.attempts == 1 else "retry")
+        record.attempt = Attempt(labels)
+        if record.route != "/v1/models":  # that says nothing of the model
+            self.asked.labels(*labels).inc()
+            self.under_way.add(record.attempt)
+        record.resources.callback(self.end, record.attempt, "left")
+
+    def first_token(self, record: Record) -> None:
         now = time.monotonic()
         record.first_token_s = now - record.started
         self.first_tokens.labels(record.route).observe(record.first_token_s)
-        self.seconds.labels(*attempt_of(record)).observe(now - asked)
+        if record.attempt is not None:
+            record.attempt.first_token_s = now - record.attempt.asked
 
-    def count(self, record: Record, outcome: str) -> None:
-        """How an attempt went: ok, error, or busy (it has said that it is full)."""
-        self.attempts.labels(*attempt_of(record), outcome).inc()
+    def end(self, attempt: "Attempt | None", outcome: str) -> None:
+        """How an attempt went, once: the first word counts."""
+        if attempt in self.under_way:
+            self.under_way.remove(attempt)
+            self.attempts.labels(*attempt.labels, outcome).inc()
+            if outcome == "ok":
+                self.seconds.labels(*attempt.labels).observe(attempt.first_token_s or 0.0)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Those under way, so that a backend that hangs is seen before it has ended anything."""
+        now = time.monotonic()
+        labels = ["backend", "attempt", "le"]
+        late = GaugeMetricFamily(
+            "gateway_backend_late", "Under way, and not a token within le seconds", labels=labels
+        )
+        waiting = GaugeMetricFamily(
+            "gateway_backend_waiting", "The same, and still no token", labels=labels
+        )
+        for key in {attempt.labels for attempt in self.under_way}:
+            same = [attempt for attempt in self.under_way if attempt.labels == key]
+            for limit in (0.0, *SECONDS[:-1]):
+                none = [now - a.asked > limit for a in same if a.first_token_s is None]
+                after = [a.first_token_s > limit for a in same if a.first_token_s is not None]
+                waiting.add_metric([*key, str(limit)], sum(none))
+                late.add_metric([*key, str(limit)], sum(none) + sum(after))
+        yield from (late, waiting)
 
     def ended(self, record: Record) -> None:
         labels = (record.tenant, record.route, str(record.status), record.outcome)
@@ -103,11 +156,6 @@ class Metrics:
             "seconds": round(time.monotonic() - record.started, 4),
         }
         log.info(json.dumps(line))
-
-
-def attempt_of(record: Record) -> tuple[str, str]:
-    backend = record.replica.partition("/")[0]
-    return backend, "first" if record.attempts == 1 else "retry"
 
 
 class Accounting:
@@ -139,6 +187,10 @@ class Accounting:
             async with record.resources:
                 with contextlib.suppress(ClientDisconnect):
                     await self.app(scope, receive, note)
+        except Exception:
+            record.status = 500 if record.status == 499 else record.status
+            record.outcome = "error"
+            raise
         finally:
             if record.route in self.paths:
                 self.metrics.ended(record)

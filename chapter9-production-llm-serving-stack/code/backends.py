@@ -10,13 +10,16 @@ import json
 import math
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 
+import anyio
 import httpx
 
+MALFORMED = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 EVENT_END = re.compile(rb"\r?\n\r?\n")
-DONE = b"data: [DONE]\n\n"
+END_S = 1.0  # from [DONE] to the end of its response: then the connection can be used again
 
 
 class Failed(Exception):
@@ -66,14 +69,11 @@ class Backends:
         """The replica for a request whose point in [0, 1) is given; None when nobody is left."""
         able = [r for r in self.replicas if r.up and r.name not in tried]
         names = {replica.backend for replica in able}
-        shares = {n: w for n, w in self.weights.items() if w > 0 and n in names}
-        left = point * sum(shares.values())
+        shares = {name: weight for name, weight in self.weights.items() if weight > 0}
         chosen = None
-        for name, share in shares.items():
-            chosen = name
-            left -= share
-            if left < 0:
-                break
+        while shares and chosen not in names:
+            chosen, point = share_at(point, shares)
+            del shares[chosen]  # if it is down its own users go elsewhere, and nobody else's
         same = [replica for replica in able if replica.backend == chosen]
         return min(same, key=lambda r: (r.load, r.served), default=None)
 
@@ -109,24 +109,50 @@ class Backends:
             await asyncio.sleep(self.check_every_s)
 
 
-def point_of(user: object) -> float:
-    """Where in [0, 1) a request falls: the same place for the same user, anywhere without one."""
+def share_at(point: float, shares: dict[str, float]) -> tuple[str, float]:
+    """Whose share a point in [0, 1) falls into, and where in that share: in [0, 1) too."""
+    left = point * sum(shares.values())
+    for name, share in shares.items():
+        if left < share:
+            return name, left / share
+        left -= share
+    return name, 0.0  # by rounding
+
+
+def point_of(user: object, rollout: str) -> float:
+    """Where in [0, 1) a request falls: anywhere without a user, and for one always the same place.
+
+    In another rollout it is another place, so that not the same users meet each new version first.
+    """
     if not isinstance(user, str) or not user:
         return random.random()
-    digest = hashlib.sha256(user.encode(errors="replace")).digest()
+    digest = hashlib.sha256(f"{rollout}\0{user}".encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 # --- server-sent events ---------------------------------------------------------------------------
 
 
-async def events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Each event of a stream as soon as it is whole; half an event is never passed on."""
+async def events(response: httpx.Response, deadline: float) -> AsyncIterator[bytes]:
+    """Each event of a stream as soon as it is whole, up to [DONE]; half an event is never passed on.
+
+    TimeoutError when the deadline (of time.monotonic()) has passed.
+    """
     waiting = b""
-    async for part in response.aiter_raw():
+    parts = response.aiter_raw()
+    while True:
+        with anyio.fail_after(deadline - time.monotonic()):
+            part = await anext(parts, None)
+        if part is None:
+            return
         *whole, waiting = EVENT_END.split(waiting + part)
         for event in whole:
             yield event + b"\n\n"
+            if is_done(event):  # the rest is nobody's: a comment, or nothing
+                with anyio.move_on_after(END_S), contextlib.suppress(httpx.RequestError):
+                    async for _ in parts:
+                        pass
+                return
 
 
 async def until_first_token(stream: AsyncIterator[bytes]) -> list[bytes]:
@@ -134,30 +160,43 @@ async def until_first_token(stream: AsyncIterator[bytes]) -> list[bytes]:
     head = []
     async for event in stream:
         head.append(event)
-        if event == DONE or carries_token(event):
+        if is_done(event) or carries_token(event):
             return head
     raise Failed("the stream ended before its first token")
 
 
+def data_of(event: bytes) -> bytes:
+    return b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+
+
+def is_done(event: bytes) -> bool:
+    return data_of(event).strip() == b"[DONE]"
+
+
+def is_aborted(data: bytes) -> bool:
+    """Whether vLLM has given up a request: it does so when it is stopped without draining."""
+    if b'"abort"' in data:
+        with contextlib.suppress(*MALFORMED):
+            choices = json.loads(data)["choices"]
+            return any(choice.get("finish_reason") == "abort" for choice in choices)
+    return False
+
+
 def carries_token(event: bytes) -> bool:
     """Whether an event has generated content: a role alone, a comment or a heartbeat has none."""
-    data = b"".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
+    data = data_of(event)
+    if is_aborted(data):
+        raise Failed("aborted before the first token")
     try:
         content = json.loads(data or b"{}")
-    except ValueError:
-        raise Failed("an event that is no JSON") from None
-    if not isinstance(content, dict) or content.get("error"):
-        raise Failed("an error in place of the first token")
-    for choice in content.get("choices") or []:
-        if choice.get("finish_reason") == "abort":  # vLLM, when it is stopped without draining
-            raise Failed("aborted before the first token")
-        delta = choice.get("delta") or {}
-        generated = any(value for key, value in delta.items() if key != "role")
-        if (
-            generated
-            or choice.get("text")
-            or choice.get("token_ids")
-            or choice.get("finish_reason")
-        ):
-            return True
-    return False
+        if content.get("error"):
+            raise Failed("an error in place of the first token")
+        return any(is_generated(choice) for choice in content.get("choices") or [])
+    except MALFORMED:
+        raise Failed("an event that is none of OpenAI's") from None
+
+
+def is_generated(choice: dict) -> bool:
+    delta = choice.get("delta") or {}
+    generated = any(value for key, value in delta.items() if key != "role")
+    return bool(generated or any(choice.get(k) for k in ("text", "token_ids", "finish_reason")))

@@ -18,21 +18,41 @@ import contextlib
 import json
 import logging
 import math
-import re
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
 
 import httpx
 from accounting import Accounting, Metrics, Record
-from backends import DONE, Backends, Failed, Replica, events, point_of, until_first_token
+from backends import (
+    Backends,
+    Failed,
+    Replica,
+    data_of,
+    events,
+    is_aborted,
+    is_done,
+    point_of,
+    until_first_token,
+)
 from ch09_tracing import Call, headers_of_current_span, instrument
 from fastapi import FastAPI, Request
-from http_service import ApiError, Service, error_body, serve, service_app, stop
-from limits import TokenBucket, tenant_of
+from http_service import (
+    ApiError,
+    Service,
+    TimedStream,
+    error_body,
+    is_local,
+    serve,
+    service_app,
+    stop,
+)
+from limits import TokenBucket, hashed, key_of_tenant, limit_of_tenant, pair, tenant_of
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 OPERATIONS = {  # of each route, as OpenTelemetry's GenAI conventions name it
     "/v1/chat/completions": "chat",
@@ -58,9 +78,11 @@ class Gateway:
             timeout=httpx.Timeout(args.idle, connect=2.0),
             trust_env=False,  # a proxy for the Internet is none for our own machines
         )
+        self.client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # keep nobody's
         self.backends = Backends(args.backend, self.client, args.check_every)
         limits = dict.fromkeys(args.key, (args.burst, args.per_second)) | args.limit
         self.buckets = {tenant: TokenBucket(*limits[tenant]) for tenant in args.key}
+        self.service.may_read = lambda request: is_local(request) or self.is_admin(request)
         self.metrics = Metrics(self.service.registry, self.backends.replicas)
 
     def admit(self, request: Request, record: Record) -> None:
@@ -69,12 +91,16 @@ class Gateway:
         if tenant is None:
             raise refusal(401, "no valid API key was given", "invalid_api_key")
         record.tenant = tenant
+        if self.service.running > self.args.max_running:  # first: it takes no token
+            raise refusal(503, "the gateway is full", "overloaded", retry_after_s=1)
         wait_s = self.buckets[tenant].take()
         if wait_s:
             message = f"{tenant} has asked too often"
             raise refusal(429, message, "rate_limit_exceeded", retry_after_s=wait_s)
-        if self.service.running > self.args.max_running:
-            raise refusal(503, "the gateway is full", "overloaded", retry_after_s=1)
+
+    def is_admin(self, request: Request) -> bool:
+        admin = {"admin": self.args.admin_key} if self.args.admin_key else {}
+        return tenant_of(request.headers.get("authorization", ""), admin) is not None
 
     async def until_a_backend_is_up(self) -> None:
         """Begin the health checks; the gateway is ready when there is somebody to ask."""
@@ -125,9 +151,11 @@ async def relay(request: Request) -> Response:
     try:
         await asyncio.wait({work, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            return work.result()
+            with contextlib.suppress(TimeoutError):  # this very deadline
+                return work.result()
         if gone.done():
             raise ClientDisconnect
+        gateway.metrics.end(record.attempt, "error")
         raise refusal(504, "no backend has answered in time", "timeout")
     finally:
         work.cancel()  # closes its connection: the backend stops generating
@@ -139,11 +167,11 @@ async def ask_backends(gateway: Gateway, record: Record, request: Request, body:
     """The answer of the first backend that sends a token; each replica is asked once at most."""
     payload = parse(body) if request.method == "POST" else {}
     await gateway.check_length(record.route, payload)
-    point = point_of(payload.get("user"))
+    point = point_of(payload.get("user"), next(iter(gateway.backends.weights)))
     tried: dict[str, Failed] = {}
     while replica := gateway.backends.choose(point, tried):
         try:
-            return await attempt(gateway, record, replica, request.method, body)
+            return await attempt(gateway, record, replica, request.method, body, payload)
         except Failed as error:
             tried[replica.name] = error
     if not tried:
@@ -154,7 +182,7 @@ async def ask_backends(gateway: Gateway, record: Record, request: Request, body:
 
 
 async def attempt(
-    gateway: Gateway, record: Record, replica: Replica, method: str, body: bytes
+    gateway: Gateway, record: Record, replica: Replica, method: str, body: bytes, payload: dict
 ) -> Response:
     """Ask one replica, and count how it went. Failed: another one may be asked."""
     record.attempts += 1
@@ -169,12 +197,17 @@ async def attempt(
         },
     )
     record.resources.callback(call.end)  # at the latest
+    gateway.metrics.begin(record)
     try:
-        return await ask(gateway, record, replica, method, body, call)
+        left_s = record.started + gateway.args.deadline - time.monotonic()
+        patience: Any = httpx.USE_CLIENT_DEFAULT
+        if method == "POST" and not payload.get("stream"):  # silent until all of it is there
+            patience = httpx.Timeout(max(left_s, 0.0) + 1, connect=2.0)  # the deadline comes first
+        return await ask(gateway, record, replica, method, body, call, patience)
     except (httpx.RequestError, Failed) as error:
         call.end(type(error).__name__)
         failed = error if isinstance(error, Failed) else Failed(type(error).__name__)
-        gateway.metrics.count(record, "busy" if failed.busy else "error")
+        gateway.metrics.end(record.attempt, "busy" if failed.busy else "error")
         if isinstance(error, httpx.ConnectError):
             replica.up = False  # until the next good health check
         log.info(json.dumps({"id": record.id, "failed": replica.name, "why": str(failed)}))
@@ -182,38 +215,46 @@ async def attempt(
 
 
 async def ask(
-    gateway: Gateway, record: Record, replica: Replica, method: str, body: bytes, call: Call
+    gateway: Gateway,
+    record: Record,
+    replica: Replica,
+    method: str,
+    body: bytes,
+    call: Call,
+    patience: Any,
 ) -> Response:
     """The replica's answer, once its first token is here, or all of it if it comes in one piece."""
-    started = time.monotonic()
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
     headers |= call.headers | {"x-request-id": record.id}
     url = replica.url + record.route
     async with AsyncExitStack() as resources:
         resources.enter_context(replica.at_work())
         response = await resources.enter_async_context(
-            gateway.client.stream(method, url, content=body, headers=headers)
+            gateway.client.stream(method, url, content=body, headers=headers, timeout=patience)
         )
         if response.status_code >= 500 or response.status_code == 429:
             raise Failed(f"status {response.status_code}", busy=response.status_code == 429)
         kind = response.headers.get("content-type", "")
         streams = kind.startswith("text/event-stream")
         if streams:
-            stream = events(response)
+            deadline = record.started + gateway.args.deadline
+            stream = events(response, deadline)
             head = await until_first_token(stream)
             call.event("first_token")
         else:
             whole = await response.aread()
+            if is_aborted(whole):
+                raise Failed("aborted")
             call.end()
-        gateway.metrics.first_token(record, started)
+        gateway.metrics.first_token(record)
         headers = {"x-backend": replica.backend, "x-replica": replica.name}
         headers["x-attempts"] = str(record.attempts)
         if streams:  # from here on no other backend can be asked
             record.resources.push_async_callback(resources.pop_all().aclose)
             headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
             passed = pass_on(gateway, record, head, stream, call)
-            return StreamingResponse(passed, 200, headers, "text/event-stream")
-    gateway.metrics.count(record, "ok")
+            return TimedStream(passed, headers, deadline)
+    gateway.metrics.end(record.attempt, "ok" if response.status_code < 400 else "refused")
     if response.status_code >= 400 and not is_api_error(whole):
         raise refusal(response.status_code, "the backend refused this", "refused")
     return Response(whole, response.status_code, headers, kind)
@@ -229,15 +270,17 @@ async def pass_on(
         for event in head:
             yield event
         async for event in stream:
-            yield event
-            if time.monotonic() > record.started + gateway.args.deadline:
-                why = "the deadline has passed"
+            if is_aborted(data_of(event)):
                 break
+            yield event
+    except TimeoutError:
+        why = "the deadline has passed"
     except httpx.RequestError as error:
         why = f"the backend's stream broke: {type(error).__name__}"
-    call.end(None if event == DONE else "stream_cut")
-    gateway.metrics.count(record, "ok" if event == DONE else "error")
-    if event != DONE:
+    done = is_done(event)
+    call.end(None if done else "stream_cut")
+    gateway.metrics.end(record.attempt, "ok" if done else "error")
+    if not done:
         record.outcome = "cut"
         error = error_body(502, why, code="stream_cut")
         yield b"data: " + json.dumps(error).encode() + b"\n\n"
@@ -285,9 +328,7 @@ def make_app(args: argparse.Namespace) -> FastAPI:
 async def weights(request: Request) -> JSONResponse:
     """Read or change the shares of the traffic; only from this machine and with the admin's key."""
     gateway: Gateway = request.app.state.gateway
-    local = request.client is not None and request.client.host in ("127.0.0.1", "::1")
-    admin = {"admin": gateway.args.admin_key} if gateway.args.admin_key else {}
-    if not local or tenant_of(request.headers.get("authorization", ""), admin) is None:
+    if not is_local(request) or not gateway.is_admin(request):
         raise refusal(401, "the admin's key is wanted, on this machine", "invalid_api_key")
     if request.method == "PUT":
         wanted = parse(await request.body())
@@ -296,30 +337,6 @@ async def weights(request: Request) -> JSONResponse:
         except ValueError as error:
             raise refusal(400, str(error), "invalid_weights") from None
     return JSONResponse(gateway.backends.weights)
-
-
-def pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not re.fullmatch(r"[\w.-]+", name) or not equals or not value:
-        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
-    return name, value
-
-
-def hashed(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise argparse.ArgumentTypeError("want the key's SHA-256, 64 hexadecimal digits")
-    return text
-
-
-def key_of_tenant(text: str) -> tuple[str, str]:
-    tenant, digest = pair(text)
-    return tenant, hashed(digest)
-
-
-def limit_of_tenant(text: str) -> tuple[str, tuple[float, float]]:
-    tenant, limit = pair(text)
-    burst, _, per_second = limit.partition(",")
-    return tenant, (float(burst), float(per_second))
 
 
 def parse_args() -> argparse.Namespace:
@@ -371,6 +388,7 @@ def parse_args() -> argparse.Namespace:
         help="seconds for a request, retries and stream included",
     )
     add("--idle", type=float, default=20, help="seconds that a backend may be silent")
+    add("--linger", type=float, default=0, help="seconds to say 503 after SIGTERM, at least")
     add("--check-every", type=float, default=1, help="seconds between two health checks")
     args = parser.parse_args()
     args.key = dict(args.key)
@@ -386,7 +404,7 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    serve(make_app(args), args.host, args.port)
+    serve(make_app(args), args.host, args.port, linger_s=args.linger)
 
 
 if __name__ == "__main__":

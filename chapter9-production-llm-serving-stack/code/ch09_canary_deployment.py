@@ -37,6 +37,8 @@ from canary_judge import HOLD, PROMOTE, ROLL_BACK, VERDICTS, WAIT, Plan, decide,
 from canary_simulation import Rates, alarms_from_few_users, plot, rolled_back_otherwise, simulate
 from prometheus_client.parser import text_string_to_metric_families
 
+UNREAD = 20  # failed reads of the metrics in a row, after which there is no gateway
+
 
 @dataclass
 class Rollout:
@@ -44,11 +46,12 @@ class Rollout:
 
     verdict: int
     share: float
-    arms: dict[str, np.ndarray]  # requests, failed, failed or late
+    arms: dict[str, np.ndarray]  # as read_counts has them
 
 
 def read_counts(metrics: str, limit_s: float) -> dict[str, np.ndarray]:
-    """Requests, failed, and failed or late ones of each backend, from the gateway's metrics.
+    """Of each backend: requests, failed, failed or late; and the last two if the worst should come
+    of the requests under way: those late already fail, all others are late.
 
     First attempts only: a retry goes to whoever is left, and that is no equal share.
     """
@@ -58,15 +61,21 @@ def read_counts(metrics: str, limit_s: float) -> dict[str, np.ndarray]:
         for sample in family.samples:
             if sample.labels.get("attempt") != "first":
                 continue
-            count = counts.setdefault(sample.labels["backend"], np.zeros(3))
-            if sample.name == "gateway_backend_attempts_total":
-                outcome = sample.labels["outcome"]  # ok, error, or busy: it had no room
-                count += sample.value * np.array([1, outcome == "error", outcome != "ok"])
-            elif sample.name == "gateway_backend_seconds_count":
-                count[2] += sample.value
+            count = counts.setdefault(sample.labels["backend"], np.zeros(5))
+            limit = float(sample.labels.get("le", "nan"))
+            if sample.name == "gateway_backend_asked_total":
+                count[0] += sample.value
+            elif sample.name == "gateway_backend_attempts_total":  # what is not ok in time is late
+                failed = sample.labels["outcome"] in ("error", "refused")
+                count += sample.value * np.array([0, failed, 1, failed, 1])
             elif sample.name == "gateway_backend_seconds_bucket":
-                bounds.add(float(sample.labels["le"]))
-                count[2] -= sample.value * (float(sample.labels["le"]) == limit_s)
+                bounds.add(limit)
+                count -= sample.value * (limit == limit_s) * np.array([0, 0, 1, 0, 1])
+            elif sample.name == "gateway_backend_late":
+                count += sample.value * (limit == limit_s) * np.array([0, 0, 1, 0, 1])
+            elif sample.name == "gateway_backend_waiting":
+                count += sample.value * (limit == limit_s) * np.array([0, 0, 0, 1, -1])
+                count[4] += sample.value * (limit == 0)
     if bounds and limit_s not in bounds:
         stop(f"--limit {limit_s:g}: the gateway counts answers within {sorted(bounds)} seconds")
     return counts
@@ -92,10 +101,10 @@ class Controller:
         answer.raise_for_status()
 
     async def counts(self, *names: str) -> np.ndarray:
-        """[names, 3]"""
+        """[names, 5]"""
         answer = await self.client.get("/metrics")
         found = read_counts(answer.raise_for_status().text, self.limit_s)
-        return np.stack([found.get(name, np.zeros(3)) for name in names])
+        return np.stack([found.get(name, np.zeros(5)) for name in names])
 
     async def roll_out(self, plan: Plan, canary: str, baseline: str, stable: str) -> Rollout:
         """Step by step, until a verdict; `baseline` is the old version, started with the canary."""
@@ -105,10 +114,19 @@ class Controller:
             # Canary first, baseline last: as both grow, no user is taken from either of them.
             await self.set_weights({canary: share, stable: 1 - 2 * share, baseline: share})
             start = await self.counts(*names)
+            start[:, 3:] = start[:, 1:3]  # of what is under way the worst may still come
             verdict = WAIT
+            unread = 0
             while verdict == WAIT:
                 await asyncio.sleep(0.1)
-                counts = await self.counts(*names) - start
+                try:
+                    counts = await self.counts(*names) - start
+                except httpx.TransportError:  # a busy gateway; ours to end is the canary's share
+                    unread += 1
+                    if unread > UNREAD:
+                        raise
+                    continue
+                unread = 0
                 verdict, words = judge(plan, step, counts[0], counts[1])
             say(f"{canary:<10}{share:>5.0%}{shown(counts[0])}   {shown(counts[1])}   {words}")
             if verdict != PROMOTE:
@@ -126,16 +144,25 @@ def judge(plan: Plan, step: int, canary: np.ndarray, baseline: np.ndarray) -> tu
     """The verdict on a step so far, and words for it."""
     if min(canary[0], baseline[0]) < 0:
         return HOLD, "held: the gateway counts anew"
-    requests, failed, late = zip(canary, baseline, strict=True)
-    verdict = int(decide(plan, step, sum(requests), failed, late))
-    if verdict != ROLL_BACK and is_uneven(*requests):
+    # What began before the step may end in it, so there can be more late ones than requests.
+    requests, failed, late, may_fail, may_be_late = zip(
+        *(np.append(max(count), count[1:]) for count in (canary, baseline)), strict=True
+    )
+    total = sum(requests)
+    verdict = int(decide(plan, step, total, failed, late))
+    if verdict == PROMOTE:  # only if it also holds when the canary answers nothing any more
+        failed, late = (may_fail[0], failed[1]), (may_be_late[0], late[1])
+        verdict = int(decide(plan, step, total, failed, late))
+        if verdict == ROLL_BACK:  # not yet, as it has not come
+            verdict = HOLD if total > plan.patience * 2 * plan.shares[step] else WAIT
+    if verdict != ROLL_BACK and is_uneven(canary[0], baseline[0]):
         return HOLD, "held: the arms get unequal shares"
     words = ("", f"to {plan.shares[step + 1]:.0%}", "rolled back", "held: undecided for too long")
     return verdict, words[verdict]
 
 
 def shown(count: np.ndarray) -> str:
-    return "".join(f"{int(x):>7,}" for x in count)
+    return "".join(f"{int(x):>7,}" for x in count[:3])
 
 
 # --- a demonstration: a stand-in, clients, and the real gateway -----------------------------------

@@ -70,6 +70,16 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def place_of(runner: int) -> tuple[list[str], dict[str, str]]:
+    """Flags and variables of a runner: a GPU of its own, or its part of the only one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    gpus = [str(i) for i in range(len(there))] if named is None else named.split(",")
+    if len(gpus) < 2:
+        return ["--gpu-share", "0.4"], {}
+    return [], {"CUDA_VISIBLE_DEVICES": gpus[runner]}
+
+
 @contextlib.contextmanager
 def running(args: argparse.Namespace) -> Iterator[Stack]:
     """Start the four processes together, and give them to the caller when all answer.
@@ -94,16 +104,21 @@ def running(args: argparse.Namespace) -> Iterator[Stack]:
         for name in ("runner-1", "runner-2"):
             gateway += ["--backend", f"runner={urls[name]}"]
         start = {"tokenizer": ("tokenizer_service.py", [*model, "--port", str(ports["tokenizer"])])}
-        for name in ("runner-1", "runner-2"):
-            flags = [*model, "--engine", args.engine, "--port", str(ports[name])]
+        places: dict[str, dict[str, str]] = {}
+        for number, name in enumerate(("runner-1", "runner-2")):
+            share, places[name] = place_of(number)
+            flags = [*model, "--engine", args.engine, "--port", str(ports[name]), *share]
             start[name] = ("model_runner.py", flags)
         start["gateway"] = ("ch09_api_gateway.py", gateway)
+        extra = {"OMP_NUM_THREADS": "1"}
+        if not getattr(args, "serve", False):  # what stays up would fill the disk
+            extra["TRACE_FILE"] = str(stack.traces)
         for name, (script, flags) in start.items():
             process = subprocess.Popen(
                 [sys.executable, str(CODE / script), *flags],
                 stdout=(logs / f"{name}.log").open("w"),
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"TRACE_FILE": str(stack.traces), "OMP_NUM_THREADS": "1"},
+                env=os.environ | extra | places.get(name, {}),
                 start_new_session=True,  # Ctrl-C is for us; we end them one by one
             )
             ending.callback(end, process)

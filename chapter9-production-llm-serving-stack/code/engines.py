@@ -228,8 +228,11 @@ def pick(logits: Any, sampling: Sampling, random: Any) -> int:
 class VllmEngine:
     """vLLM's AsyncLLM, which batches, pages and schedules in a process of its own (chapter 6)."""
 
-    def __init__(self, folder: Path, max_requests: int, drain_s: float):
+    def __init__(
+        self, folder: Path, max_requests: int, drain_s: float, gpu_share: float | None = None
+    ):
         self.folder = folder
+        self.gpu_share = gpu_share
         self.max_requests = max_requests
         self.drain_s = drain_s
         self.context = settings_of(folder)["max_position_embeddings"]
@@ -243,6 +246,8 @@ class VllmEngine:
         if not Path("/dev/nvidiactl").exists():
             settings = {"dtype": "float32", "enforce_eager": True}
             settings |= {"kv_cache_memory_bytes": 64 << 20, "distributed_executor_backend": "uni"}
+        elif self.gpu_share is not None:
+            settings = {"gpu_memory_utilization": self.gpu_share}
         args = AsyncEngineArgs(
             model=str(self.folder),
             max_num_seqs=self.max_requests,

@@ -9,18 +9,21 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import anyio
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+LAST_WORDS_S = 1.0  # from the deadline, to tell a client whose stream it has ended
 PROBES = ("/health", "/metrics")  # answered always: also while loading and draining
 
 
@@ -64,6 +67,7 @@ class Service:
     prepare: Callable[[], Awaitable[None]] | None = None  # ends when it can answer
     alive: Callable[[], bool] = lambda: True  # asked once it is ready; False ends the process
     finish: Callable[[], None] | None = None
+    may_read: Callable[[Request], bool] = lambda _: True  # the metrics
     ready: bool = False
     draining: bool = False
     running: int = 0  # requests that are not answered to the end
@@ -95,7 +99,7 @@ class Door:
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self.app(scope, receive, send)
             return
-        status = 0
+        status = 499  # the client left before an answer
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
@@ -107,6 +111,11 @@ class Door:
             refusal = self.refusal(scope)
             inner = self.app if refusal is None else error_response(refusal)
             await inner(scope, self.limited(receive), send_and_note)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            status = 500
+            raise
         finally:
             self.service.running -= 1
             path = getattr(scope.get("route"), "path", "none")  # no label for each guess of a robot
@@ -138,9 +147,25 @@ class Door:
         return receive_and_count
 
 
+class TimedStream(StreamingResponse):
+    """A stream with a deadline (of time.monotonic()), also for a client that has stopped reading."""
+
+    def __init__(self, content: AsyncIterator[bytes], headers: dict[str, str], deadline: float):
+        super().__init__(content, 200, headers, "text/event-stream")
+        self.deadline = deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with anyio.move_on_after(self.deadline + LAST_WORDS_S - time.monotonic()):
+            await super().__call__(scope, receive, send)
+
+
+def is_local(request: Request) -> bool:
+    return request.client is not None and request.client.host in ("127.0.0.1", "::1")
+
+
 def service_app(service: Service, max_bytes: int) -> FastAPI:
     """An application with health, metrics, limits and errors; routes are the caller's."""
-    app = FastAPI(title=service.name)
+    app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.add_middleware(Door, service=service, max_bytes=max_bytes)
 
@@ -169,7 +194,11 @@ def service_app(service: Service, max_bytes: int) -> FastAPI:
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        if not service.may_read(request):
+            raise ApiError(
+                401, "the admin's key is wanted, or this machine", code="invalid_api_key"
+            )
         return Response(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
 
     return app
@@ -178,11 +207,19 @@ def service_app(service: Service, max_bytes: int) -> FastAPI:
 class DrainingServer(uvicorn.Server):
     """uvicorn that goes on answering after SIGTERM: 503 to what is new, the rest to its end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, url: str, drain_s: float):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        url: str,
+        drain_s: float,
+        linger_s: float = 0.0,
+    ):
         super().__init__(config)
         self.service = service
         self.url = url
         self.drain_s = drain_s
+        self.linger_s = linger_s  # idle too: a balancer must see a 503 before the door is shut
         self.deadline = float("inf")
         self.failed = False
 
@@ -203,13 +240,16 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal drains, the second ends. uvicorn's own would close the door at once."""
-        self.deadline = 0.0 if self.service.draining else time.monotonic() + self.drain_s
+        now = time.monotonic()
+        self.deadline = 0.0 if self.service.draining else now + self.drain_s
+        self.lingers_until = now + self.linger_s
         self.service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        late = time.monotonic() > self.deadline
-        if self.service.draining and (late or self.service.running == 0):
-            left = self.deadline - time.monotonic()
+        now = time.monotonic()
+        idle = self.service.running == 0
+        if self.service.draining and (now > self.deadline or (idle and now >= self.lingers_until)):
+            left = self.deadline - now
             self.config.timeout_graceful_shutdown = max(1, int(left))
             return True
         if self.service.ready and not self.service.alive():
@@ -219,7 +259,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(app: FastAPI, host: str, port: int, drain_s: float = 10.0) -> None:
+def serve(app: FastAPI, host: str, port: int, drain_s: float = 10.0, linger_s: float = 0.0) -> None:
     """Answer until SIGTERM or SIGINT, then drain. Nothing of a request goes to the log.
 
     Exit code 0 after a drain, 1 if the service could not start, 2 if the port is taken.
@@ -236,7 +276,7 @@ def serve(app: FastAPI, host: str, port: int, drain_s: float = 10.0) -> None:
     url = f"http://{shown}:{listener.getsockname()[1]}"
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     config.timeout_graceful_shutdown = max(1, int(drain_s))
-    server = DrainingServer(config, service, url, drain_s)
+    server = DrainingServer(config, service, url, drain_s, linger_s)
     server.run(sockets=[listener])
     if service.finish is not None:
         service.finish()

@@ -3,8 +3,11 @@
 A module of ch09_api_gateway.py. Section 9.4.
 """
 
+import argparse
 import hashlib
 import hmac
+import math
+import re
 import time
 from collections.abc import Callable
 
@@ -52,3 +55,32 @@ class TokenBucket:
             self.tokens -= 1
             return 0.0
         return (1 - self.tokens) / self.per_second if self.per_second else 3600.0
+
+
+# --- the gateway's flags ----------------------------------------------------------------------------
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name) or not equals or not value:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    return name, value
+
+
+def hashed(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError("want the key's SHA-256, 64 hexadecimal digits")
+    return text
+
+
+def key_of_tenant(text: str) -> tuple[str, str]:
+    tenant, digest = pair(text)
+    return tenant, hashed(digest)
+
+
+def limit_of_tenant(text: str) -> tuple[str, tuple[float, float]]:
+    tenant, limit = pair(text)
+    burst, per_second = (float(number) for number in limit.split(","))
+    if not (1 <= burst < math.inf and 0 <= per_second < math.inf):
+        raise argparse.ArgumentTypeError("want a burst of 1 or more, and a rate of 0 or more")
+    return tenant, (burst, per_second)

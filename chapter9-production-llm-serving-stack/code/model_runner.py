@@ -226,6 +226,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8102, help="0: a free one")
     parser.add_argument("--drain", type=float, default=20, help="seconds to finish after SIGTERM")
+    parser.add_argument("--linger", type=float, default=0, help="of these, at least, saying 503")
+    parser.add_argument("--gpu-share", type=float, help="of a GPU's memory, for vLLM")
     return parser.parse_args()
 
 
@@ -235,11 +237,11 @@ def main() -> None:
     engine: Engine
     if args.engine == "vllm" or (args.engine == "auto" and there):
         enter_environment("vllm", "vLLM")
-        engine = VllmEngine(args.model, args.max_requests, args.drain)
+        engine = VllmEngine(args.model, args.max_requests, args.drain, args.gpu_share)
     else:
         engine = TransformersEngine(args.model)
     app = runner_app(engine, TextCodec(args.model), args.max_requests)
-    serve(app, args.host, args.port, args.drain)
+    serve(app, args.host, args.port, args.drain, args.linger)
 
 
 # --- copied from other scripts; `make copies` keeps it equal to them ------------------------------

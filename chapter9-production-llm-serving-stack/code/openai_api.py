@@ -5,6 +5,7 @@ an error, a client that goes away), its `Answer` is closed exactly once. Section
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from http_service import ApiError, error_body
@@ -21,12 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 NAME = "book"
+UNREAD_S = 20.0
 UNSUPPORTED = {  # what would change the answer, and its values that change nothing
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False, 0),
+    "logprobs": (False,),  # 0 is a number of them, and asks for the token's own
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -50,6 +53,7 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stream: bool | None = False
+    user: str | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False  # this and the next as vLLM has them
     return_token_ids: bool = False
@@ -82,11 +86,12 @@ class ChatBody(Body):
 def refuse_unknown(body: Body) -> None:
     """Refuse what would be answered wrongly."""
     if body.model != NAME:
-        message = f"the model `{body.model}` does not exist"
+        message = f"there is no such model, only `{NAME}`"  # the name might not be UTF-8
         raise ApiError(404, message, "model", "model_not_found")
     for name, neutral in UNSUPPORTED.items():
         value = (body.model_extra or {}).get(name)
-        if value is not None and value not in neutral:
+        same = [value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral]
+        if value is not None and not any(same):
             raise ApiError(400, f"this server has no {name}", name, "unsupported_parameter")
 
 
@@ -204,7 +209,10 @@ def sse(data: dict[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Closes its answer also when not one event was sent: a generator's `finally` would not."""
+    """Closes its answer also when not one event was sent: a generator's `finally` would not.
+
+    A client that takes nothing for UNREAD_S has left, though its connection is there.
+    """
 
     def __init__(self, answer: Answer):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -212,8 +220,13 @@ class EventStream(StreamingResponse):
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Any) -> None:
+            with anyio.fail_after(UNREAD_S):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):
+                await super().__call__(scope, receive, send_in_time)
         finally:
             await self.answer.close()
 

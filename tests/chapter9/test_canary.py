@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import warm
 from book import CHAPTERS
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CODE = warm.ROOT / CHAPTERS[8] / "code"
 SCRIPT = CODE / "ch09_canary_deployment.py"
@@ -171,6 +171,8 @@ class FakeGateway:
         self.failing, self.each, self.unequal = failing, each, unequal
         self.weights = {"canary": 0.0, "baseline": 0.0, "stable": 1.0, "other": 0.5}
         self.puts: list[list[tuple[str, float]]] = []
+        self.reads = 0
+        self.silent_at: tuple[int, ...] = ()  # reads of the metrics that are not answered
         self.restart()
 
     def restart(self) -> None:
@@ -179,11 +181,16 @@ class FakeGateway:
         self.attempts = Counter(
             "gateway_backend_attempts", "", [*labels, "outcome"], registry=self.registry
         )
+        self.asked = Counter("gateway_backend_asked", "", labels, registry=self.registry)
+        under_way = [*labels, "le"]
+        self.late = Gauge("gateway_backend_late", "", under_way, registry=self.registry)
+        self.waiting = Gauge("gateway_backend_waiting", "", under_way, registry=self.registry)
         self.seconds = Histogram(
             "gateway_backend_seconds", "", labels, buckets=(0.1, 0.5, 1), registry=self.registry
         )
 
     def add(self, backend: str, ok: int, failed: int, attempt: str = "first") -> None:
+        self.asked.labels(backend, attempt).inc(ok + failed)
         self.attempts.labels(backend, attempt, "ok").inc(ok)
         self.attempts.labels(backend, attempt, "error").inc(failed)
         for _ in range(ok):
@@ -191,6 +198,9 @@ class FakeGateway:
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/metrics":
+            self.reads += 1
+            if self.reads in self.silent_at:
+                raise httpx.ReadTimeout("busy")
             failed = round(self.failing * self.each)
             self.add("canary", self.each - failed, failed)
             self.add("stable", failed, 0, attempt="retry")  # so no client has seen an error
@@ -234,6 +244,13 @@ def test_a_failing_canary_is_rolled_back_though_no_client_sees_it(canary: Any, j
     assert gateway.weights == {"canary": 0, "baseline": 0, "stable": 1, "other": 0}
 
 
+def test_a_read_that_fails_does_not_end_the_rollout(canary: Any, judge: Any) -> None:
+    gateway = FakeGateway(failing=0.5)
+    gateway.silent_at = (3,)
+    assert gateway.roll_out(canary, judge.Plan()).verdict == judge.ROLL_BACK
+    assert gateway.weights["canary"] == 0
+
+
 def test_unequal_shares_are_held(canary: Any, judge: Any) -> None:
     """A canary that is down gets fewer requests than asked for: its counts prove nothing."""
     gateway = FakeGateway(unequal=60)
@@ -242,24 +259,77 @@ def test_unequal_shares_are_held(canary: Any, judge: Any) -> None:
 
 
 def test_a_gateway_that_counts_anew_is_held(canary: Any, judge: Any) -> None:
-    verdict, words = canary.judge(judge.Plan(), 0, np.array([-3, 0, 0]), np.array([5, 0, 0]))
+    verdict, words = canary.judge(
+        judge.Plan(), 0, np.array([-3, 0, 0, 0, 0]), np.array([5, 0, 0, 0, 0])
+    )
     assert verdict == judge.HOLD
     assert "anew" in words
 
 
 def test_counts(canary: Any) -> None:
-    """Retries are left out, a busy answer is not in time, and an unknown limit is refused."""
+    """Retries are left out, who is busy is not in time, and an unknown limit is refused."""
     gateway = FakeGateway()
     gateway.add("canary", ok=3, failed=2)
     gateway.add("canary", ok=7, failed=7, attempt="retry")
     gateway.seconds.labels("canary", "first").observe(0.9)
     gateway.attempts.labels("canary", "first", "ok").inc()
-    gateway.attempts.labels("canary", "first", "busy").inc()
+    for outcome in ("busy", "left", "refused"):
+        gateway.attempts.labels("canary", "first", outcome).inc()
+    for limit, late, waiting in (("0.0", 9, 7), ("0.5", 3, 2)):  # 4 of 9 have their token in time
+        gateway.late.labels("canary", "first", limit).set(late)
+        gateway.waiting.labels("canary", "first", limit).set(waiting)
+    gateway.asked.labels("canary", "first").inc(4 + 9)
     text = generate_latest(gateway.registry).decode()
-    assert canary.read_counts(text, 0.5)["canary"].tolist() == [7, 2, 4]
+    late = 2 + 1 + 3 + 3  # failed, answered late, not answered, late under way
+    assert canary.read_counts(text, 0.5)["canary"].tolist() == [18, 3, late, 3 + 2, late + 5]
     with pytest.raises(SystemExit) as ended:
         canary.read_counts(text, 0.3)
     assert ended.value.code == 2
+
+
+def test_a_canary_that_hangs_is_not_promoted(canary: Any, judge: Any) -> None:
+    """Nothing of it has ended: its requests are late after the limit, and before it may be."""
+    plan = judge.Plan()
+    good = np.array([5000, 0, 0, 0, 0])
+    assert canary.judge(plan, 3, good, good)[0] == judge.PROMOTE
+    assert canary.judge(plan, 3, np.array([5000, 0, 0, 0, 2000]), good)[0] == judge.WAIT
+    assert canary.judge(plan, 3, np.array([5000, 0, 0, 2000, 0]), good)[0] == judge.WAIT
+    assert canary.judge(plan, 3, np.array([5000, 0, 500, 0, 500]), good)[0] == judge.ROLL_BACK
+    waits = np.array([30_000, 0, 0, 0, 20_000])  # for too long
+    assert canary.judge(plan, 3, waits, good * 6)[0] == judge.HOLD
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("hanging", [0.03, 0.1])
+def test_rollouts_of_a_canary_that_hangs(canary: Any, judge: Any, hanging: float) -> None:
+    """Requests that hang end as failures after 20 s; a rollout takes less. None gets all users."""
+    draw = np.random.default_rng(0)
+    verdicts = [hanging_rollout(canary, judge, hanging, draw) for _ in range(20)]
+    assert judge.PROMOTE not in verdicts
+    assert judge.PROMOTE in [hanging_rollout(canary, judge, 0, draw) for _ in range(20)]
+
+
+def hanging_rollout(canary: Any, judge: Any, share: float, draw: np.random.Generator) -> int:
+    """1,000 requests a second, looked at every 0.1 s; late after 0.5 s."""
+    plan = judge.Plan()
+    for step, of_all in enumerate(plan.shares[:-1]):
+        hung: list[int] = []  # of the canary's, in each tenth of a second
+        arms = np.zeros((2, 5))
+        verdict = judge.WAIT
+        while verdict == judge.WAIT:
+            for arm in (0, 1):
+                asked = draw.poisson(100 * of_all)
+                hangs = draw.binomial(asked, 0 if arm else share)
+                failed = draw.binomial(asked - hangs, 0.01)
+                late = failed + draw.binomial(asked - hangs - failed, 0.03)
+                arms[arm] += (asked, failed, late, failed, late)
+                hung += [] if arm else [hangs]
+            ended, stuck, young = sum(hung[:-200]), sum(hung[-200:-5]), sum(hung[-5:])
+            seen = [0, ended, ended + stuck, ended + stuck, ended + stuck + young]
+            verdict, _ = canary.judge(plan, step, arms[0] + seen, arms[1])
+        if verdict != judge.PROMOTE:
+            break
+    return verdict
 
 
 def test_users_who_were_taken_away(canary: Any) -> None:

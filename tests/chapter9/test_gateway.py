@@ -252,6 +252,184 @@ def sample(metrics: str, name: str) -> float:
     return float(found[0].split()[-1]) if found else 0.0
 
 
+class Scripted(Fake):
+    """It sends these events, and sleeps for the numbers between them; `whole` is its other answer."""
+
+    def __init__(self, *script: bytes | float, whole: Any = None):
+        super().__init__()
+        self.script = script
+        self.whole = whole
+
+    async def generate(self, request: Request) -> Response:
+        if self.whole is None:
+            return await super().generate(request)
+        self.asked += 1
+        self.headers = dict(request.headers)
+        await asyncio.sleep(sum(step for step in self.script if isinstance(step, float)))
+        return JSONResponse(self.whole, headers={"set-cookie": "who=the-first"})
+
+    async def stream(self, chat: bool) -> AsyncIterator[bytes]:
+        for step in self.script:
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+            else:
+                yield step
+
+
+WHOLE = BODY | {"stream": False}
+ABCD = {"choices": [{"text": "abcd"}]}
+A, DONE = event({"text": "a"}), b"data: [DONE]\n\n"
+
+
+def test_an_answer_in_one_piece_may_take_longer_than_idle(start: Start) -> None:
+    client = start(Scripted(0.1, whole=ABCD), idle=0.03)
+    assert client.post("/v1/completions", json=WHOLE).json() == ABCD
+
+
+def test_an_aborted_answer_is_no_answer(start: Start) -> None:
+    bad = Scripted(whole={"choices": [{"text": "", "finish_reason": "abort"}]})
+    client = start(bad, Scripted(whole=ABCD))
+    assert [client.post("/v1/completions", json=WHOLE).json() for _ in range(2)] == [ABCD] * 2
+    assert bad.asked >= 1
+    client = start(Scripted(A, event({"text": "", "finish_reason": "abort"}), DONE))
+    _, text, errors, done = ask(client)
+    assert (text, errors[0]["code"], done) == ("a", "stream_cut", False)
+
+
+def test_the_deadline_ends_a_quiet_stream(start: Start) -> None:
+    client = start(Scripted(A, 3.0, DONE), deadline=0.1)
+    _, text, errors, _ = ask(client)
+    assert (text, errors[0]["message"]) == ("a", "the deadline has passed")
+
+
+def test_the_deadline_ends_a_stream_that_nobody_reads(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["http_service"], "LAST_WORDS_S", 0.05)
+    client = start(Scripted(*[event({"text": "a" * 100_000})] * 500), deadline=0.1, idle=60)
+    gate = client.app.state.gateway  # type: ignore[attr-defined]
+    with connected(client, BODY) as raw:
+        raw.recv(9)
+        until(lambda: gate.service.running == 0 and gate.backends.replicas[0].load == 0, 5)
+
+
+@contextlib.contextmanager
+def connected(client: httpx.Client, body: dict) -> Iterator[socket.socket]:
+    """A client that has asked, and reads when the test does."""
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as raw:
+        content = json.dumps(body)
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        raw.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+        yield raw
+
+
+ODD = [b'{"choices": [1]}', b'{"choices": [{"delta": [1]}]}', b'{"choices": 5}', b"[" * 100_000]
+
+
+def test_an_event_of_another_shape_is_a_failure(start: Start) -> None:
+    backends = sys.modules["backends"]
+    for data in [*ODD, b"[1]", b"{"]:
+        with pytest.raises(backends.Failed):
+            backends.carries_token(b"data: " + data + b"\n\n")
+    client = start(Scripted(b"data: " + ODD[0] + b"\n\n"), Fake())
+    assert [ask(client)[1] for _ in range(2)] == ["abcd"] * 2
+
+
+def test_a_bug_of_ours_is_counted_as_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = start(Fake())
+    gate = client.app.state.gateway  # type: ignore[attr-defined]
+    monkeypatch.setattr(gate.backends, "choose", lambda point, tried: 1 / 0)
+    assert client.post("/v1/completions", json=BODY).status_code == 500
+    metrics = httpx.get(f"{client.base_url}/metrics").text
+    assert 'outcome="error",route="/v1/completions",status="500"' in metrics
+    assert 'path="/v1/completions",service="gateway",status="500"' in metrics
+
+
+def test_a_backends_cookie_is_sent_to_nobody(start: Start) -> None:
+    fake = Scripted(whole=ABCD)
+    client = start(fake)
+    for _ in range(2):
+        httpx.post(f"{client.base_url}/v1/completions", json=WHOLE, headers=READER)
+    assert fake.asked == 2
+    assert "cookie" not in fake.headers
+
+
+def test_a_stream_is_over_when_it_says_so(start: Start) -> None:
+    """[DONE] with or without a space before it; what follows is no part of the answer."""
+    for end in (DONE, b"data:[DONE]\n\n"):
+        client = start(Scripted(A, end, b": ping\n\n"))
+        with client.stream("POST", "/v1/completions", json=BODY) as answer:
+            assert b"".join(answer.iter_raw()) == A + end
+
+
+def test_metrics_are_for_this_machine_or_the_admin(start: Start) -> None:
+    client = start(Fake())
+    app = client.app  # type: ignore[attr-defined]
+
+    async def statuses() -> list[int]:
+        away = httpx.ASGITransport(app, client=("10.0.0.1", 1))
+        async with httpx.AsyncClient(transport=away, base_url="http://gateway") as stranger:
+            admin = {"Authorization": f"Bearer {ADMIN}"}
+            asked = [
+                ("/metrics", READER),
+                ("/metrics", admin),
+                ("/docs", {}),
+                ("/openapi.json", {}),
+            ]
+            return [(await stranger.get(path, headers=key)).status_code for path, key in asked]
+
+    assert asyncio.run(statuses()) == [401, 200, 404, 404]
+    assert client.get("/metrics").status_code == 200
+
+
+def counted(client: httpx.Client) -> dict[str, float]:
+    """How first attempts at `canary` ended, and those that began or are late under way."""
+    found = {}
+    for line in client.get("/metrics").text.splitlines():
+        name, _, value = line.rpartition(" ")
+        if 'attempt="first"' in name and "attempts_total" in name:
+            found[name.split('outcome="')[1].split('"')[0]] = float(value)
+        elif 'attempt="first"' in name and "asked_total" in name:
+            found["asked"] = float(value)
+        elif 'le="0.1"' in name and name.startswith("gateway_backend_") and float(value):
+            found[name.removeprefix("gateway_backend_").split("{")[0]] = float(value)
+    return found
+
+
+@pytest.mark.full
+def test_an_attempt_is_counted_once(start: Start) -> None:
+    """Asked when it begins, late while it hangs, and one outcome, also if its client leaves."""
+    client = start(Scripted(A, 3600.0), names="canary", deadline=60)
+    with connected(client, BODY) as raw:
+        raw.recv(9)
+        assert counted(client) == {"asked": 1}
+    until(lambda: counted(client) == {"asked": 1, "left": 1})
+    hanging = Fake("hangs")
+    client = start(hanging, names="canary", deadline=0.3)
+    with connected(client, BODY):
+        until(lambda: counted(client) == {"asked": 1, "late": 1, "waiting": 1})
+        until(lambda: counted(client) == {"asked": 1, "error": 1})  # 504
+    late = Scripted(0.15, A)
+    client = start(late, names="canary")
+    ask(client)  # its first token is late, and it is cut
+    assert counted(client) == {"asked": 1, "error": 1}
+
+
+def test_what_a_backend_refuses_is_counted_and_its_list_of_models_is_not(start: Start) -> None:
+    client = start(Fake("422"), names="canary")
+    assert client.get("/v1/models").status_code == 200
+    assert client.post("/v1/completions", json=BODY).status_code == 422
+    assert counted(client) == {"asked": 1, "refused": 1}
+
+
+def test_a_full_gateway_takes_no_token(start: Start) -> None:
+    client = start(Fake(), limit="reader=1,0", max_running=0)
+    assert client.post("/v1/completions", json=BODY).status_code == 503
+    client.app.state.gateway.args.max_running = 1  # type: ignore[attr-defined]
+    assert [client.post("/v1/completions", json=BODY).status_code for _ in "ab"] == [200, 429]
+
+
 def test_a_dead_backend_costs_nobody_an_answer(start: Start) -> None:
     fakes = Fake(), Fake()
     client = start(*fakes, check_every=3600)
@@ -405,6 +583,35 @@ def test_weights_are_shares_and_a_user_stays(start: Start) -> None:
     assert client.put("/admin/weights", json={"canary": 0}).status_code == 401
 
 
+def test_each_rollout_begins_with_other_users(gateway: ModuleType) -> None:
+    users = [f"user-{i}" for i in range(1000)]
+    first, second = (
+        {user for user in users if gateway.point_of(user, name) < 0.1} for name in ("v2", "v3")
+    )
+    assert 50 < len(first) < 150
+    assert len(first & second) < 40, "the same users meet each new version first"
+
+
+def test_when_a_backend_is_down_only_its_own_users_move(gateway: ModuleType) -> None:
+    urls = [(name, f"http://{name}") for name in ("canary", "stable", "baseline")]
+    backends = gateway.Backends(urls, None, 1.0)
+    backends.set_weights({"canary": 0.1, "stable": 0.8, "baseline": 0.1})
+    points = [i / 1000 for i in range(1000)]
+
+    def dealt() -> list[str]:
+        return [backends.choose(point).backend for point in points]
+
+    for replica in backends.replicas:
+        replica.up = True
+    before = dealt()
+    assert [before.count(name) for name, _ in urls] == [100, 800, 100]
+    backends.replicas[0].up = False
+    after = dealt()
+    moved = [name for name, now in zip(before, after, strict=True) if name != now]
+    assert set(moved) == {"canary"}
+    assert after.count("baseline") in range(110, 114)  # its part of those who moved
+
+
 def test_the_least_loaded_replica_is_chosen_and_a_full_gateway_says_so(start: Start) -> None:
     fakes = Fake(), Fake()
     client = start(*fakes, max_running=6)
@@ -469,6 +676,10 @@ def test_starting_wrongly_is_one_line(
         f"{whole} --backend nothing",
         f"{whole} --limit somebody=3,1",
         f"{whole} --limit reader=many",
+        *(
+            f"{whole} --limit reader={limit}"
+            for limit in ("0.5,1", "-1,1", "5,-1", "nan,1", "1,inf")
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["gateway", *words.split()])
         with pytest.raises(SystemExit) as error:

@@ -291,6 +291,22 @@ def test_a_client_that_leaves_frees_its_slot(runner: ModuleType, codec: Any) -> 
     asyncio.run(check())
 
 
+def test_a_client_that_does_not_read_has_left(
+    runner: ModuleType, codec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["openai_api"], "UNREAD_S", 0.05)
+
+    async def check() -> None:
+        app = app_of(runner, codec, Hand())
+        request = Request(app, "/v1/completions", ASK | {"stream": True})
+        request.outbox._maxsize = 1  # type: ignore[attr-defined] # one message, and nobody takes it
+        await asyncio.wait_for(request.task, 10)
+        assert app.state.runner.active == 0
+        assert unfinished(app) == {"left": 1}
+
+    asyncio.run(check())
+
+
 def test_an_engine_that_fails(runner: ModuleType, codec: Any) -> None:
     """A status before 200 is out; in a stream an event with the error and no [DONE]."""
 
@@ -342,8 +358,11 @@ BAD: list[tuple[int, str | None, dict[str, Any]]] = [
     (400, "stop.str", {"stop": ["a"] * 17}),
     (400, "n", {"n": 2}),
     (400, "logprobs", {"logprobs": 1}),
+    (400, "logprobs", {"logprobs": 0}),
+    (404, "model", {"model": "\ud83d"}),
     (400, "tools", {"tools": [{}]}),
     (400, "stream", {"stream": "yes"}),
+    (400, "user", {"user": 5}),
 ]
 
 
@@ -365,7 +384,7 @@ def test_bad_requests(
 
 def test_neutral_parameters_are_no_reason_to_refuse(runner: ModuleType, codec: Any) -> None:
     async def check() -> None:
-        extra = {"n": 1, "user": "me", "logprobs": None, "presence_penalty": 0.0, "seed": -1}
+        extra = {"n": 1, "user": "me", "logprobs": False, "presence_penalty": 0.0, "seed": -1}
         request = Request(app_of(runner, codec, Hand()), "/v1/completions", ASK | extra)
         assert await request.status() == 200
         await request.text()
@@ -593,6 +612,20 @@ def test_a_dead_engine_ends_the_process(runner: ModuleType) -> None:
     alive = False
     assert asyncio.run(server.on_tick(1))
     assert server.failed
+
+
+def test_who_lingers_says_503_before_it_ends(runner: ModuleType) -> None:
+    http = sys.modules["http_service"]
+    service = runner.Service("runner", ready=True)
+    config = http.uvicorn.Config(lambda: None)
+    for linger_s, ends in ((0.0, True), (5.0, False)):
+        server = http.DrainingServer(config, service, "", 10, linger_s)
+        server.handle_exit(signal.SIGTERM, None)
+        assert asyncio.run(server.on_tick(1)) == ends
+        service.draining = False
+    server.handle_exit(signal.SIGTERM, None)
+    server.handle_exit(signal.SIGTERM, None)  # the second signal does not wait
+    assert asyncio.run(server.on_tick(1))
 
 
 @pytest.mark.full

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -51,7 +52,10 @@ def serve() -> Iterator[Serve]:
         process.wait()
 
 
-def test_it_serves_until_told_and_leaves_nothing(serve: Serve) -> None:
+def test_it_serves_until_told_and_leaves_nothing(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRACE_FILE", str(tmp_path / "traces"))  # its own would grow without end
     process, url = serve("--admin-key", "sk-admin")
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 4
@@ -75,6 +79,7 @@ def test_it_serves_until_told_and_leaves_nothing(serve: Serve) -> None:
         assert long.json()["error"]["code"] == "context_length_exceeded"
         admin = {"Authorization": "Bearer sk-admin"}
         assert client.get("/admin/weights", headers=admin).json() == {"runner": 1}
+    assert "/v1/chat/completions" in (tmp_path / "traces").read_text()
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert not [child for child in children if child.is_running()]
@@ -116,6 +121,18 @@ def psutil_port(process: subprocess.Popen[str], number: int) -> int:
     gateway = next(words for words in flags if "ch09_api_gateway.py" in str(words))
     urls = [word for word in gateway if word.startswith("runner=")]
     return int(urls[number - 1].rpartition(":")[2])
+
+
+def test_two_runners_do_not_take_the_whole_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(warm.ROOT / CHAPTERS[8] / "code"))
+    stack = warm.load("ch09_stack", warm.ROOT / SCRIPT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    variables = [stack.place_of(number)[1]["CUDA_VISIBLE_DEVICES"] for number in (0, 1)]
+    assert variables == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    flags, variables = stack.place_of(1)
+    assert variables == {}
+    assert float(flags[flags.index("--gpu-share") + 1]) < 0.5
 
 
 def test_what_cannot_start_is_named() -> None:
