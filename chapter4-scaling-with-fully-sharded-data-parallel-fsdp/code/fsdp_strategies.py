@@ -183,7 +183,9 @@ def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
     parts = "".join(f"{part:>20}" for part in ("state, MiB", "whole in between", "received, MiB"))
     say(f"{'':<17}{parts}{'calls':>7}{'ms of a step':>15}")
     say(f"{'strategy':<17}" + f"{'predicted':>11}{'counted':>9}" * 3 + f"{'median':>15}  quartiles")
-    off, apart, table = Counter(), [], {}
+    off = Counter()
+    apart = []
+    table = {}
     for name, model in made.items():
         state, held, wire, debugged = account(model, optimizers[name], tokens[0])
         expected = predict(name, [*blocks, *rest], args.layers, len(blocks))
