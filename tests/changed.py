@@ -2,7 +2,7 @@
 
     python tests/changed.py
 
-A change is what the last twelve hours of history before HEAD touched. A chapter's folder or tests
+A change is what the last four hours of history before HEAD touched. A chapter's folder or tests
 ask for that chapter's full tier, the suite's own files for the machinery's, the pinned versions for
 all; so does a history that cannot be told.
 """
@@ -11,7 +11,7 @@ import re
 import subprocess
 from pathlib import Path
 
-HOURS = 12
+HOURS = 4
 
 
 def git(*arguments: str) -> str:
