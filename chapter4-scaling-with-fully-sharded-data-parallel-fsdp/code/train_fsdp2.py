@@ -172,23 +172,41 @@ def save_sharded(folder: Path, state: dict[str, dict[str, Any]], notes: dict) ->
     if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)  # what a killed save has left
     dist.barrier()
-    dcp.save(state, checkpoint_id=draft)  # waits for the disk; `.metadata` comes last
-    if dist.get_rank() == 0:
-        (draft / "notes.json").write_text(json.dumps(notes, indent=1))
-        sync(draft / "notes.json")
-        sync(draft)
-        target = folder / f"step-{notes['step']:06}"
-        shutil.rmtree(target, ignore_errors=True)  # incomplete, or this run would have begun there
-        draft.rename(target)
-        sync(folder)
-        for old in complete(folder)[:-2]:
-            shutil.rmtree(old.rename(draft))
-    dist.barrier()  # nobody goes on to die beside a checkpoint that is half written
+    said = [""]
+    try:
+        dcp.save(state, checkpoint_id=draft)  # waits for the disk; `.metadata` comes last
+        if dist.get_rank() == 0:
+            (draft / "notes.json").write_text(json.dumps(notes, indent=1))
+            sync(draft / "notes.json")
+            sync(draft)
+            target = folder / f"step-{notes['step']:06}"
+            shutil.rmtree(target, ignore_errors=True)  # incomplete, or this run had begun there
+            draft.rename(target)
+            sync(folder)
+            for old in complete(folder)[:-2]:
+                shutil.rmtree(old.rename(draft))
+    except dcp.CheckpointException as error:  # on all ranks, if on one
+        rank, (cause, _) = next(iter(error.failures.items()))
+        said = [f"rank {rank}: {cause}"]
+    except OSError as error:
+        said = [f"rank 0: {error}"]
+    dist.broadcast_object_list(said)  # nobody goes on to die beside half a checkpoint
+    if said[0]:
+        kept = f"{complete(folder)[-1].name} is whole" if complete(folder) else "there is none yet"
+        stop(f"cannot save to {folder} ({said[0]}); {kept}")
 
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first. One without .metadata was never finished."""
     return sorted(path for path in folder.glob("step-*") if (path / ".metadata").is_file())
+
+
+def refuse_small_disk(folder: Path, nbytes: int) -> None:
+    """Stop before training where a checkpoint of so many bytes, and two that are kept, have no room."""
+    wanted = (3 - len(list(folder.glob("step-*")))) * nbytes
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        stop(f"--out {folder} has {free / MIB:,.0f} MiB free, checkpoints want {wanted / MIB:,.0f}")
 
 
 def load_sharded(
@@ -248,6 +266,8 @@ def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
     ranks = f"{world_size} rank{'s' * (world_size > 1)}"
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{ranks} on {device.type}: {parameters:,} parameters, products in {args.dtype}")
+    if args.out:
+        refuse_small_disk(args.out, 12 * parameters)
     optimizer = torch.optim.AdamW(  # after fully_shard: of the shards
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
     )

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from pydantic import ValidationError
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils import file_baton
@@ -128,25 +129,6 @@ def batch() -> list[bool | None]:
 
 REFUSING = ["zero_optimization", "bf16", "fp16", "tensor_parallel", "comms_logger", "compile"]
 SILENT = ["flops_profiler", "checkpoint", "data_types", "aio", "activation_checkpointing"]
-
-
-def refuses(section: str) -> bool:
-    """Whether DeepSpeed refuses a key in this section that it does not know."""
-    config = {"train_micro_batch_size_per_gpu": 1, section: {"no_such_key": 1}}
-    return said(lambda: DeepSpeedConfig(config)) != ""
-
-
-def unread(config: dict) -> list[str]:
-    """The keys that DeepSpeed's parser does not look at, where it does not refuse them itself."""
-    asked = Asked(config)
-    inside = {key: Asked(value) for key, value in config.items() if isinstance(value, dict)}
-    asked.update(inside)
-    DeepSpeedConfig(asked)
-    found = [key for key in config if key not in asked.names]
-    for section in inside.keys() & set(SILENT):
-        values = inside[section]
-        found += [f"{section}.{key}" for key in values if key not in values.names]
-    return found
 
 
 def key() -> list[bool | None]:
@@ -392,12 +374,45 @@ def main() -> None:
 # --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
 
 
+# Copied from train.unread
+def unread(config: dict) -> list[str]:
+    """The keys, at any depth, that DeepSpeed's parser does not look at and does not refuse itself."""
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    asked = Asked({key: value for key, value in config.items() if key not in batch})
+    asked["train_micro_batch_size_per_gpu"] = 1  # the three are judged when the ranks are known
+    DeepSpeedConfig(asked)
+    elsewhere = {"sequence_parallel_size", "data_parallel_size"}  # asked for by others
+    found = [key for key in asked if key not in asked.names | elsewhere]
+    sections = {key: value for key, value in asked.items() if isinstance(value, Asked)}
+    inside = [(name, section) for name, section in sections.items() if not refuses(name)]
+    while inside:
+        at, section = inside.pop()
+        if not section.names or at.endswith(".params"):  # handed on whole, as to the optimizer
+            continue
+        for key, value in section.items():
+            if key not in section.names:
+                found.append(f"{at}.{key}")
+            elif isinstance(value, Asked):
+                inside.append((f"{at}.{key}", value))
+    return found
+
+
+# Copied from train.refuses
+def refuses(section: str) -> bool:
+    """Whether DeepSpeed refuses a key in this section that it does not know: pydantic checks it."""
+    try:
+        DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, section: {"no_such_key": 1}})
+    except ValidationError:
+        return True
+    return False
+
+
 # Copied from train.Asked
 class Asked(dict):
-    """A configuration that notes which of its keys DeepSpeed looks for."""
+    """A configuration, at each depth, that notes which of its keys DeepSpeed looks for."""
 
     def __init__(self, values: dict):
-        super().__init__(values)
+        super().__init__({k: Asked(v) if isinstance(v, dict) else v for k, v in values.items()})
         self.names = set()
 
     def __contains__(self, name):

@@ -12,7 +12,7 @@ r"""Chapter 3's training under DeepSpeed: ZeRO 0 to 3 give one loss curve, and h
     torchrun --nproc_per_node=2 chapter5-deepspeed-and-zero-optimization/code/train.py \
         --deepspeed_config chapter5-deepspeed-and-zero-optimization/code/deepspeed_stage3_config.json \
         --compare chapter3-distributed-training-with-pytorch-ddp/code/golden.json \
-        --out runs/ch05_zero --resume
+        --out runs/ch05_zero --resume --export runs/ch05_zero.safetensors
 
 On GPUs:
     deepspeed --num_gpus=4 chapter5-deepspeed-and-zero-optimization/code/train.py \
@@ -22,7 +22,7 @@ On GPUs:
         --width 2048 --layers 24 --heads 16 --context 2048 --batch 16 --stages 1 2 3
 
 Look at the table of the first run: what a rank holds and sends at each stage. The other two are one
-training that was stopped and goes on. Sections 5.1, 5.2, 5.5 and 5.6.
+training that was stopped, goes on, and hands its weights to others. Sections 5.1, 5.2, 5.5 and 5.6.
 """
 
 import argparse
@@ -30,11 +30,13 @@ import contextlib
 import copy
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,8 +47,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,10 +67,10 @@ Counts = dict[str, float]  # of one rank, by the names that the table has
 
 
 class Asked(dict):
-    """A configuration that notes which of its keys DeepSpeed looks for."""
+    """A configuration, at each depth, that notes which of its keys DeepSpeed looks for."""
 
     def __init__(self, values: dict):
-        super().__init__(values)
+        super().__init__({k: Asked(v) if isinstance(v, dict) else v for k, v in values.items()})
         self.names = set()
 
     def __contains__(self, name):
@@ -85,24 +89,97 @@ class Asked(dict):
         return self  # for `name in config.keys()`
 
 
-def refuse_unknown_keys(config: dict, path: Path) -> None:
-    """DeepSpeed looks its keys up, so a key with a typing error does nothing: stop, and name the nearest."""
-    asked = Asked({MICRO: 1})
+def unread(config: dict) -> list[str]:
+    """The keys, at any depth, that DeepSpeed's parser does not look at and does not refuse itself."""
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    asked = Asked({key: value for key, value in config.items() if key not in batch})
+    asked["train_micro_batch_size_per_gpu"] = 1  # the three are judged when the ranks are known
     DeepSpeedConfig(asked)
-    known = asked.names | {"sequence_parallel_size", "data_parallel_size"}  # asked for elsewhere
-    fields = DeepSpeedZeroConfig.model_fields.items()
-    known_to_zero = {name for field, about in fields for name in (field, about.alias) if name}
+    elsewhere = {"sequence_parallel_size", "data_parallel_size"}  # asked for by others
+    found = [key for key in asked if key not in asked.names | elsewhere]
+    sections = {key: value for key, value in asked.items() if isinstance(value, Asked)}
+    inside = [(name, section) for name, section in sections.items() if not refuses(name)]
+    while inside:
+        at, section = inside.pop()
+        if not section.names or at.endswith(".params"):  # handed on whole, as to the optimizer
+            continue
+        for key, value in section.items():
+            if key not in section.names:
+                found.append(f"{at}.{key}")
+            elif isinstance(value, Asked):
+                inside.append((f"{at}.{key}", value))
+    return found
+
+
+def refuses(section: str) -> bool:
+    """Whether DeepSpeed refuses a key in this section that it does not know: pydantic checks it."""
+    try:
+        DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, section: {"no_such_key": 1}})
+    except ValidationError:
+        return True
+    return False
+
+
+def refuse_unknown_keys(config: dict, path: Path) -> None:
+    """A key that nobody looks up does nothing, and DeepSpeed says nothing: stop, and name the nearest."""
     zero = config.get("zero_optimization", {})
-    for where, keys, names in (("", config, known), ("zero_optimization.", zero, known_to_zero)):
+    for where, keys in (("", config), ("zero_optimization.", zero)):
         for key in keys:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f", the nearest is {near[0]}" if near else ""
-                stop(f"{path}: DeepSpeed knows no {where}{key}{hint}")
             if keys[key] == "auto":
                 stop(
                     f'{path}: {where}{key} is "auto", which only Hugging Face fills in: give a number'
                 )
+    try:
+        found = unread(config)
+    except ValidationError as error:  # of sections that pydantic checks, at each depth
+        wrong = error.errors()[0]
+        key, *deeper = (str(name) for name in wrong["loc"])
+        sections = [name for name, keys in config.items() if isinstance(keys, dict) and key in keys]
+        name = ".".join([*sections[:1], key, *deeper])
+        if wrong["type"] != "extra_forbidden":
+            stop(f"{path}: {name}: {wrong['msg']}")
+        found = [name]
+    except Exception as error:  # what contradicts itself, such as fp16 and bf16, or is no more
+        stop(f"{path}: {str(error).partition(chr(10))[0]}")
+    optimizer = config.get("optimizer", {}).get("params", {})
+    if optimizer.get("torch_adam"):
+        takes = {*inspect.signature(torch.optim.AdamW).parameters, "torch_adam", "adam_w_mode"}
+        found += [f"optimizer.params.{key}" for key in optimizer if key not in takes]
+    if found:
+        near = difflib.get_close_matches(found[0].rpartition(".")[2], known_keys(), n=1)
+        hint = f", the nearest is {near[0]}" if near else ""
+        stop(f"{path}: DeepSpeed knows no {found[0]}{hint}")
+
+
+def known_keys() -> set[str]:
+    """Names that DeepSpeed looks up, fields of its sections, and AdamW's parameters."""
+    asked = Asked({"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "flops_profiler": {}})
+    DeepSpeedConfig(asked)
+    names = asked.names.union(*(value.names for value in asked.values() if value != 1))
+    models = [DeepSpeedConfigModel]
+    while models:
+        model = models.pop()
+        models += model.__subclasses__()
+        for field, about in model.model_fields.items():
+            names |= {field, about.alias} - {None}
+    return names | set(inspect.signature(torch.optim.AdamW).parameters)
+
+
+def refuse_offload_paths(zero: dict, path: Path) -> None:
+    """Write a page where weights or state are to be swapped to, and not only after the model is made."""
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            folder = zero[part].get("nvme_path")
+            if not folder:
+                stop(f"{path}: {part} to nvme wants an nvme_path")
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(4096))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                stop(f"{path}: cannot write to {part}'s nvme_path {folder}: {error.strerror}")
 
 
 def batch_triangle(config: dict, ranks: int) -> dict[str, int]:
@@ -293,6 +370,8 @@ def train(
             notes = recipe | {"stage": stage, "ranks": world_size}
             save_whole(engine, args.out, notes | {"step": step, "losses": losses, "norms": norms})
     counted["parameters"], counted["optimizer state"] = state_held(engine)
+    if args.export:
+        counted["exported with other bits"] = export(engine, args.export)
     engine.destroy()
     return losses, norms, counted
 
@@ -314,18 +393,78 @@ def save_whole(engine: deepspeed.DeepSpeedEngine, folder: Path, notes: dict) -> 
     if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)  # what a killed save has left
     dist.barrier()
-    engine.save_checkpoint(str(draft), tag=name, save_latest=False)  # ends with a barrier
+    with Failures(engine) as failures:  # else the others wait for a rank whose disk is full
+        engine.save_checkpoint(str(draft), tag=name, save_latest=False)  # ends with a barrier
+    stop_together(failures.said, folder)
     if dist.get_rank() == 0:
-        (draft / name / "notes.json").write_text(json.dumps(notes, indent=1))
-        for path in (*(draft / name).iterdir(), draft / name):
-            sync(path)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (draft / name).rename(folder / name)
-        sync(folder)
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            old.rename(draft / old.name)
-        shutil.rmtree(draft)
-    dist.barrier()  # nobody goes on to die beside a checkpoint that is half written
+        try:
+            notes["files"] = {path.name: path.stat().st_size for path in (draft / name).iterdir()}
+            (draft / name / "notes.json").write_text(json.dumps(notes, indent=1))
+            for path in (*(draft / name).iterdir(), draft / name):
+                sync(path)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (draft / name).rename(folder / name)
+            sync(folder)
+            for old in sorted(folder.glob("step-*"))[:-2]:
+                old.rename(draft / old.name)
+            shutil.rmtree(draft)
+        except OSError as error:
+            failures.said = str(error)
+    stop_together(failures.said, folder)  # nobody goes on to die beside half a checkpoint
+
+
+class Failures:
+    """While it is entered, an engine notes that a file could not be written, and goes on."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        self.files = engine.checkpoint_engine
+        self.said = ""
+
+    def __enter__(self) -> "Failures":
+        save = self.files.save
+
+        def noting(state_dict: dict, path: str) -> None:
+            try:
+                save(state_dict, path)
+            except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
+                self.said = str(error).partition("\n")[0]
+
+        self.files.save = noting
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.files.save  # the class's own is there again
+
+
+def stop_together(said: str, folder: Path) -> None:
+    """End all ranks if one of them could not write; else wait for all."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, said)
+    failed = [rank for rank, words in enumerate(found) if words]
+    if failed:
+        whole = sorted(path.name for path in folder.glob("step-*"))
+        kept = f"{whole[-1]} is whole: --resume goes on there" if whole else "there is none yet"
+        stop(f"cannot save to {folder} (rank {failed[0]}: {found[failed[0]]}); {kept}")
+
+
+def export(engine: deepspeed.DeepSpeedEngine, path: Path) -> int:
+    """Whole weights in one file that wants no DeepSpeed; how many tensors in it have other bits."""
+    weights = {}
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p] if hasattr(p, "ds_id") else []):
+            if dist.get_rank() == 0:  # one at a time, to the host: the model may fit on no device
+                weights[name] = p.detach().cpu().clone()
+    off = 0
+    if dist.get_rank() == 0:
+        draft = path.with_name(f"{path.name}.draft")
+        save_file(weights, draft)
+        sync(draft)
+        draft.rename(path)
+        found = load_file(path)
+        off = sum(not torch.equal(found[name], weight) for name, weight in weights.items())
+        say(f"exported to {path}: {len(found)} tensors, {path.stat().st_size:,} bytes")
+    dist.barrier()
+    return off
 
 
 def load_whole(engine: deepspeed.DeepSpeedEngine, folder: Path, wanted: dict) -> dict:
@@ -342,6 +481,10 @@ def load_whole(engine: deepspeed.DeepSpeedEngine, folder: Path, wanted: dict) ->
     for key, value in wanted.items():
         if notes.get(key) != value:
             stop(f"{found[-1]} has {key} {notes.get(key)}, this run {value}: type another --out")
+    for name, size in notes["files"].items():
+        file = found[-1] / name
+        if not file.is_file() or file.stat().st_size != size:
+            stop(f"{file} is missing or cut off: move {found[-1]} away, the one before it is next")
     engine.load_checkpoint(str(folder), tag=found[-1].name)
     say(f"resuming at step {notes['step']}, ZeRO {notes['stage']} of {notes['ranks']} ranks")
     return notes
@@ -358,6 +501,10 @@ def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
         model = ByteLlama(args.width, args.layers, args.heads, args.context)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{world_size} rank{'s' * (world_size > 1)} on {device.type}: {parameters:,} parameters")
+    if args.out:
+        refuse_small_disk(
+            args.out, 16 * parameters
+        )  # 12 at stage 3; the model's once more below it
     parts = [args.config[key] for key in (BATCH, MICRO, ACCUMULATION)]
     say(
         "batch of {} = micro batch of {} x accumulation {} x".format(*parts)
@@ -378,13 +525,20 @@ def run(args: argparse.Namespace, device: torch.device) -> list[bool | None]:
         claims.append(check(f"max |loss - ZeRO {args.stages[0]}'s|", away, 1e-5))
     if args.compare:
         claims += compare_with(args.compare, losses, norms)
+    if args.export:
+        off = counted[args.stages[0]]["exported with other bits"]
+        claims.append(check("tensors in the file with other bits than were trained", off, 0))
     if args.show_clipping:
         claims += show_clipping(args, device)
     return claims
 
 
 def with_stage(config: dict, stage: int) -> dict:
-    return config | {"zero_optimization": config.get("zero_optimization", {}) | {"stage": stage}}
+    """The configuration at a stage; what it offloads, it offloads at its own stage only."""
+    zero = config.get("zero_optimization", {})
+    if stage != zero.get("stage", 0):
+        zero = {key: value for key, value in zero.items() if not key.startswith("offload_")}
+    return config | {"zero_optimization": zero | {"stage": stage}}
 
 
 def account(
@@ -438,7 +592,7 @@ def show_clipping(args: argparse.Namespace, device: torch.device) -> list[bool |
     """Train without the key gradient_clipping, and with 1.0 and 0.0."""
     config = with_stage(args.config, 0)
     config.pop("gradient_clipping", None)
-    args = argparse.Namespace(**{**vars(args), "out": None, "resume": False})
+    args = argparse.Namespace(**{**vars(args), "out": None, "resume": False, "export": None})
     left_out, _, _ = train(args, config, "no clipping key", device)
     at_one, _, _ = train(args, config | {"gradient_clipping": 1.0}, "clipping 1.0", device)
     at_zero, _, _ = train(args, config | {"gradient_clipping": 0.0}, "clipping 0.0", device)
@@ -512,6 +666,7 @@ def parse_args() -> argparse.Namespace:
     add("--save-every", type=int, default=0, help="steps; 0: only at the end")
     add("--resume", action="store_true", help="go on from the newest in --out, if there is one")
     add("--stop-at", type=int, help="leave after this step; --steps stays")
+    add("--export", type=Path, help="at the end, write whole weights into this safetensors file")
     add("--compare", type=Path, help="a --json file of chapter 3's trainer: its flags and losses")
     args = parser.parse_args()
     try:
@@ -519,6 +674,7 @@ def parse_args() -> argparse.Namespace:
     except (OSError, json.JSONDecodeError) as error:
         stop(f"cannot read --deepspeed_config {args.deepspeed_config}: {error}")
     refuse_unknown_keys(args.config, args.deepspeed_config)
+    refuse_offload_paths(args.config.get("zero_optimization", {}), args.deepspeed_config)
     for name, value in ((BATCH, args.batch), (ACCUMULATION, args.accumulate)):
         if value:
             args.config[name] = value
@@ -543,8 +699,10 @@ def parse_args() -> argparse.Namespace:
         stop(f"--width {args.width} is no multiple of 2 x --heads {args.heads}")
     if args.out is None and (args.resume or args.save_every):
         stop("--resume and --save-every want a folder: type --out DIR")
-    if args.out and len(args.stages) > 1:
-        stop("--out keeps the checkpoints of one stage: type --stages 3")
+    if (args.out or args.export) and len(args.stages) > 1:
+        stop("--out and --export keep what one stage has trained: type --stages 3")
+    if args.export and not args.export.parent.is_dir():
+        stop(f"--export {args.export}: there is no folder {args.export.parent}")
     if args.out and list(args.out.glob("step-*")) and not args.resume:
         stop(f"{args.out} has checkpoints: type --resume to go on, or another --out")
     if args.out:
@@ -577,6 +735,15 @@ def main() -> None:
 
 
 # --- copied from other scripts; `make copies` keeps it equal to them ------------------------------
+
+
+# Copied from train_fsdp2.refuse_small_disk
+def refuse_small_disk(folder: Path, nbytes: int) -> None:
+    """Stop before training where a checkpoint of so many bytes, and two that are kept, have no room."""
+    wanted = (3 - len(list(folder.glob("step-*")))) * nbytes
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        stop(f"--out {folder} has {free / MIB:,.0f} MiB free, checkpoints want {wanted / MIB:,.0f}")
 
 
 # Copied from ch01_multi_gpu_ddp.join_group

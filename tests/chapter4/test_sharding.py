@@ -11,6 +11,7 @@ FLAGS = {
     "fsdp2_basic": "--width 22 --context 8 --layers 2",
     "fsdp_strategies": "--width 22 --context 8 --layers 2 --steps 3",
     "muon_fsdp2": "--width 22 --context 8 --layers 3",
+    "master_weights": "--width 22 --context 32 --layers 2",
 }
 MUTANTS = {
     "fsdp_from_scratch": [
@@ -34,6 +35,15 @@ MUTANTS = {
         ("whole[rank * chunk : (rank + 1) * chunk]", "whole[:chunk][: len(shard)]"),
         ("newton_schulz(whole.view(own.shape))", "newton_schulz(whole.view(own.shape[::-1]))"),
         ("return sum((n - 1) *", "return sum(n *"),
+    ],
+    "master_weights": [
+        (
+            "exponent, dtype=torch.float), exponent - 8)",
+            "exponent, dtype=torch.float), exponent - 7)",
+        ),
+        (".exponent - 1  # of", ".exponent  # of"),
+        ("(args, torch.bfloat16, rate", "(args, torch.float32, rate"),  # no such loss
+        ("small, same, moves.sum()]", "small, same * 2, moves.sum()]"),
     ],
 }
 

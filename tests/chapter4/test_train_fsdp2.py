@@ -195,19 +195,20 @@ def test_any_number_of_ranks_goes_on(run: Run, out: Path, world_size: int) -> No
 KILL = "os.kill(os.getpid(), 9)"
 DEATHS = {  # in the save of step 8: what becomes what
     "rank 1, at the end of its file": (
-        "    dcp.save(state",
-        f"    if notes['step'] == 8 and dist.get_rank() == 1:\n        os.fsync = lambda _: {KILL}\n"
-        "    dcp.save(state",
+        "        dcp.save(state",
+        "        if notes['step'] == 8 and dist.get_rank() == 1:\n"
+        f"            os.fsync = lambda _: {KILL}\n"
+        "        dcp.save(state",
     ),
     "rank 0, with .metadata half written": (
-        "    dcp.save(state",
-        "    if notes['step'] == 8 and dist.get_rank() == 0:\n        import pickle\n"
-        f"        pickle.dump = lambda _, file: (file.write(b'half'), file.flush(), {KILL})\n"
-        "    dcp.save(state",
+        "        dcp.save(state",
+        "        if notes['step'] == 8 and dist.get_rank() == 0:\n            import pickle\n"
+        f"            pickle.dump = lambda _, file: (file.write(b'half'), file.flush(), {KILL})\n"
+        "        dcp.save(state",
     ),
     "rank 0, before the name": (
-        "        draft.rename(target)",
-        f"        if notes['step'] == 8:\n            {KILL}\n        draft.rename(target)",
+        "            draft.rename(target)",
+        f"            if notes['step'] == 8:\n                {KILL}\n            draft.rename(target)",
     ),
 }
 
@@ -265,6 +266,56 @@ def test_one_rank_is_told_to_stop_and_all_save(run: Run, checkout: Path, tmp_pat
     assert "told to stop  after step 8, saved" in result.stdout
     assert [path.name for path in script.complete(tmp_path)] == ["step-000008"]
     resumes(run, 3, tmp_path, 8)
+
+
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"  # bytes of a file
+FULL = {  # the disk of a rank that has no room for step 8
+    "rank 1, for its shard": (
+        '    said = [""]\n    try:',
+        f"    if notes['step'] == 8 and dist.get_rank() == 1:\n        {LIMIT}\n"
+        '    said = [""]\n    try:',
+    ),
+    "rank 0, for the notes": (
+        '            (draft / "notes.json").write_text(',
+        f"            if notes['step'] == 8:\n                {LIMIT}\n"
+        "                notes['long'] = 'x' * 5_000\n"
+        '            (draft / "notes.json").write_text(',
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("disk", FULL)
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
+    run: Run, checkout: Path, tmp_path: Path, disk: str
+) -> None:
+    right, wrong = FULL[disk]
+    source = SCRIPT.read_text()
+    assert source.count(right) == 1
+    mutant = checkout / CODE / f"full_{NAME}"
+    mutant.write_text(source.replace(right, wrong))
+    result = run(torchrun(2, f"{GOLDEN} --out {tmp_path} --save-every 4", mutant.name), timeout=60)
+    mutant.unlink()
+    assert result.returncode not in (0, warm.TIMED_OUT)
+    said = [line for line in result.stderr.splitlines() if "cannot save to" in line]
+    assert len(said) == 2, result.stderr
+    assert f"(rank {disk[5]}: " in said[0]
+    assert said[0].endswith("step-000004 is whole")
+    assert [path.name for path in script.complete(tmp_path)] == ["step-000004"]
+    resumes(run, 3, tmp_path, 4)
+
+
+def test_a_disk_that_is_too_small_is_one_line_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    """Three checkpoints, less what is there already."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=35 * 10**6))
+    with pytest.raises(SystemExit) as end:
+        script.refuse_small_disk(tmp_path, 12 * 10**6)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"--out {tmp_path} has 33 MiB free, checkpoints want 34\n"
+    (tmp_path / "step-000004").mkdir()
+    script.refuse_small_disk(tmp_path, 12 * 10**6)
 
 
 def flip_a_bit(folder: Path) -> None:

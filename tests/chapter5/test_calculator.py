@@ -16,11 +16,12 @@ from book import CHAPTERS
 
 CODE = warm.ROOT / CHAPTERS[4] / "code"
 SCRIPT = CODE / "zero_memory_calculator.py"
-CONFIG = json.loads((CODE / "deepspeed_stage3_config.json").read_text())
+CONFIG = json.loads((CODE / "configs" / "zero3.json").read_text())
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed, which is for Linux")
 script = warm.load("chapter5_calculator", SCRIPT)
 trainer = warm.load("chapter5_trainer", CODE / "train.py")
+by_ranks = warm.load("chapter5_by_ranks", CODE / "memory_by_ranks.py")
 
 WIDTH, LAYERS, HEADS, CONTEXT = 64, 8, 2, 16
 BITS = {"bf16": {"enabled": True}, "data_types": {"buffer_dtype": "bf16"}}
@@ -144,6 +145,19 @@ def test_gradients_are_there_in_fp32_at_the_update(stage: int, offload: bool) ->
             assert (in_fp32 + in_bf16) * model.parameters == pytest.approx(in_all, rel=0.05)
         else:
             assert in_fp32 + in_bf16 < in_all / model.parameters
+
+
+def test_the_table_by_ranks_predicts_what_is_calculated() -> None:
+    """At the update; but ZeRO 1 and 2 have given their 16-bit gradients back when AdamW runs."""
+    model = script.Transformer(10**6, 1, 1, 1, 1, 1)
+    for n, stage in itertools.product((1, 2, 3, 4), range(4)):
+        plan = script.Plan(n, stage, bf16=stage > 0)
+        parts = script.need(model, plan)
+        held = script.at_update(model, plan, parts)
+        held -= parts["gradients"] if stage in (1, 2) else 0
+        way = f"ZeRO {stage}" if stage else "DDP"
+        assert by_ranks.predict(way, n) * model.parameters == pytest.approx(held)
+    assert by_ranks.predict("FSDP2", 4) == 4
 
 
 def test_chapter_4s_llama_has_as_many_parameters() -> None:

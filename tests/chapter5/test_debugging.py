@@ -12,7 +12,7 @@ MUTANTS = [  # flags; a piece of the source, what it becomes; the claim that mus
     ("clipping", "for value in (None, 0.0):", "for value in (None, 1.0):", "step at 0.0"),
     ("clipping", "for value in (None, 0.0):", "for value in (0.0, 0.0):", "step without the key"),
     ("key", '"tensor_parallel", "comms_logger"', '"aio", "comms_logger"', "sections that do other"),
-    ("key", "asked.update(inside)", "", "found wrongly, or not found"),
+    ("key", "if key not in section.names:", "if key in section.names:", "found wrongly, or not found"),
     ("step", "        if number % 2 == 1:\n            seldom", "        if True:\n            seldom",
      "updates that are not"),
     ("step", "(loss / (dist.get_world_size() * accumulation))", "(loss / dist.get_world_size())",

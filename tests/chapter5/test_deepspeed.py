@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from torch.utils.file_baton import FileBaton
 
 CODE = Path("chapter5-deepspeed-and-zero-optimization/code")
 SCRIPT = warm.ROOT / CODE / "train.py"
-CONFIG = json.loads((warm.ROOT / CODE / "deepspeed_stage3_config.json").read_text())
+FILE = json.loads((warm.ROOT / CODE / "deepspeed_stage3_config.json").read_text())
+ZERO = {k: v for k, v in FILE["zero_optimization"].items() if not k.startswith("offload_")}
+CONFIG = FILE | {"zero_optimization": ZERO}  # at every stage
 GOLDEN = "--compare chapter3-distributed-training-with-pytorch-ddp/code/golden.json"
 ALL = f"{GOLDEN} --stages 0 1 2 3"
 TWO = f"{GOLDEN} --stages 1 3"
@@ -170,13 +173,14 @@ HALF = (
 )
 DEATHS = {  # in the save of step 8: what becomes what
     "rank 1, in the middle of its file": (
-        "    engine.save_checkpoint(",
+        "    with Failures(engine) as failures:",
         "    if notes['step'] == 8 and dist.get_rank() == 1:\n"
-        f"        engine.checkpoint_engine.save = {HALF}\n    engine.save_checkpoint(",
+        f"        engine.checkpoint_engine.save = {HALF}\n    with Failures(engine) as failures:",
     ),
     "rank 0, before the name": (
-        "        (draft / name).rename(",
-        f"        if notes['step'] == 8:\n            {KILL}\n        (draft / name).rename(",
+        "            (draft / name).rename(",
+        f"            if notes['step'] == 8:\n                {KILL}\n"
+        "            (draft / name).rename(",
     ),
 }
 
@@ -200,6 +204,95 @@ def test_sigkill_in_mid_save_leaves_the_one_before(
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000004"]
     resumes(run, tmp_path, 4, "--save-every 4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000016", "step-000020"]
+
+
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"  # bytes of a file
+FULL = {  # the disk of a rank that has no room for step 8
+    "rank 1, for its shard": (
+        "    with Failures(engine) as failures:",
+        f"    if notes['step'] == 8 and dist.get_rank() == 1:\n        {LIMIT}\n"
+        "    with Failures(engine) as failures:",
+    ),
+    "rank 0, for the notes": (
+        '            notes["files"] = ',
+        f"            if notes['step'] == 8:\n                {LIMIT}\n"
+        "                notes['long'] = 'x' * 5_000\n"
+        '            notes["files"] = ',
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("disk", FULL)
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
+    run: Run, checkout: Path, tmp_path: Path, disk: str
+) -> None:
+    right, wrong = FULL[disk]
+    source = SCRIPT.read_text()
+    assert source.count(right) == 1
+    mutant = checkout / CODE / "full_train.py"
+    mutant.write_text(
+        source.replace(right, wrong).replace("import os\n", "import os, resource\n", 1)
+    )
+    config = f"--deepspeed_config {CODE}/deepspeed_stage3_config.json"
+    flags = f"{GOLDEN} --out {tmp_path} --save-every 4"
+    result = run(torchrun(2, f"{config} {flags}", mutant.name), timeout=60)
+    mutant.unlink()
+    assert result.returncode not in (0, warm.TIMED_OUT)
+    said = [line for line in result.stderr.splitlines() if "cannot save to" in line]
+    assert len(said) == 2, result.stderr
+    assert f"(rank {disk[5]}: " in said[0]
+    assert said[0].endswith("step-000004 is whole: --resume goes on there")
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000004"]
+    resumes(run, tmp_path, 4)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damage", [Path.unlink, cut_off])
+def test_a_missing_shard_is_one_line_before_training_starts(
+    run: Run, out: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(next((out / "step-000012").glob("*rank_1*optim_states.pt")))
+    result = run(torchrun(2, f"{GOLDEN} --out {out} --resume"), timeout=60)
+    assert result.returncode not in (0, warm.TIMED_OUT)
+    said = [line for line in result.stderr.splitlines() if "is missing or cut off: move" in line]
+    assert len(said) == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (out / "step-000012").rename(out / "away")  # as the line says
+    resumes(run, out, 8)
+
+
+@pytest.mark.full
+def test_another_architecture_is_one_line_before_training_starts(run: Run, out: Path) -> None:
+    result = run(torchrun(2, f"--out {out} --resume"), timeout=60)  # wider than what was saved
+    assert result.returncode not in (0, warm.TIMED_OUT)
+    says = "step-000012 has width 64, this run 128: type another --out"
+    assert [says in line for line in result.stderr.splitlines()].count(True) == 2, result.stderr
+
+
+@pytest.mark.full
+def test_what_is_exported_is_one_processs_model_at_any_stage(run: Run, tmp_path: Path) -> None:
+    """Plain PyTorch loads it, strictly, and has the loss with which the run has ended, or nearly."""
+    golden = json.loads((warm.ROOT / GOLDEN.split()[1]).read_text())
+    sizes = [golden["recipe"][name] for name in ("width", "layers", "heads", "context")]
+    whole = []
+    for stage in (1, 3):
+        file = tmp_path / f"{stage}.safetensors"
+        passes(run, torchrun(2, f"{GOLDEN} --stages {stage} --export {file}"))
+        model = script.ByteLlama(*sizes)
+        model.load_state_dict(script.load_file(file))
+        whole.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.safetensors", "3.safetensors"]
+    assert (whole[0] - whole[1]).abs().max() < 1e-4
+    text = (warm.ROOT / golden["file"]).read_bytes()[: sizes[3] + 1]
+    tokens = torch.tensor(list(text))
+    logits = model(tokens[None, :-1])[0]
+    assert torch.nn.functional.cross_entropy(logits, tokens[1:]) < 4.5  # untrained it is 5.8
 
 
 @pytest.mark.full
@@ -251,6 +344,20 @@ BAD_CONFIGS: list[tuple[Part, Part, str]] = [
     ({"train_batch_size": 1}, {}, "type --batch 2"),
     ({"train_batch_size": None}, {}, "neither train_batch_size nor train_micro_batch_size_per_gpu"),
     ({"train_micro_batch_size_per_gpu": 5}, {}, "train_micro_batch_size_per_gpu 5 x"),
+    # deeper down; what pydantic refuses and what it would not; what contradicts itself, or is no more
+    ({}, {"offload_optimizer": {"devise": "cpu"}}, "offload_optimizer.devise, the nearest is device"),
+    ({}, {"offload_param": {"device": "gpu"}}, "zero_optimization.offload_param.device: Input should"),
+    ({"flops_profiler": {"profile_stpe": 3}}, {}, "profile_stpe, the nearest is profile_step"),
+    ({"checkpoint": {"parallel_write": {"pipeline_stages": True}}}, {},
+     "knows no checkpoint.parallel_write.pipeline_stages, the nearest is pipeline_"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True, "weight_dekay": 0}}},
+     {}, "knows no optimizer.params.weight_dekay, the nearest is weight_decay"),
+    ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "cannot be simultaneously enabled"),
+    ({"elasticity": {"enabled": True}}, {}, "Elastic training has been removed"),
+    # swap to a disk
+    ({}, {"offload_optimizer": {"device": "nvme"}}, "offload_optimizer to nvme wants an nvme_path"),
+    ({}, {"offload_param": {"device": "nvme", "nvme_path": f"{warm.ROOT}/LICENSE/swap"}},
+     "LICENSE/swap: Not a directory"),
 ]  # fmt: skip
 
 
@@ -266,9 +373,25 @@ def test_bad_configurations_get_one_line(
         ("--heads 3", "is no multiple of 2 x --heads 3"),
         ("--resume", "type --out DIR"),
         (f"--out {tmp_path} --stages 1 2", "type --stages 3"),
+        ("--export a.safetensors --stages 1 2", "type --stages 3"),
+        (f"--export {tmp_path}/none/a.safetensors", "there is no folder"),
         (f"{GOLDEN} --batch 24", "golden.json has batch 12, "),
     ):
         assert says in refusal(monkeypatch, capsys, flags)
+
+
+def test_a_disk_that_is_too_small_is_one_line_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    """Three checkpoints of 16 bytes a parameter, less what is there already."""
+    usage = types.SimpleNamespace(free=47 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SystemExit) as end:
+        script.refuse_small_disk(tmp_path, 16 * 10**6)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"--out {tmp_path} has 45 MiB free, checkpoints want 46\n"
+    (tmp_path / "step-000004").mkdir()
+    script.refuse_small_disk(tmp_path, 16 * 10**6)
 
 
 def test_known_keys_come_from_deepspeed_and_pass(
@@ -278,7 +401,7 @@ def test_known_keys_come_from_deepspeed_and_pass(
     many: Part = {"bf16": {"enabled": False}, "wall_clock_breakdown": False, "steps_per_print": 100}
     many |= {"sequence_parallel_size": 1, "data_types": {}, "tensorboard": {"enabled": False}}
     zero: Part = {"overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": True}
-    zero |= {"param_persistence_threshold": 0}
+    zero |= {"param_persistence_threshold": 0, "stage3_param_persistence_threshold": None}
     monkeypatch.chdir(warm.ROOT)
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--deepspeed_config", str(written(tmp_path, many, zero))]
@@ -303,7 +426,7 @@ def test_the_text_prints_the_configuration_of_the_script() -> None:
     path = warm.ROOT / CODE.parent / "main.md"
     fences = [fence for fence in book.fences(path) if fence.language == "json"]
     shown = [json.loads("\n".join(fence.lines)) for fence in fences if fence.lines[0] == "{"]
-    assert CONFIG in shown
+    assert FILE in shown
 
 
 # --- what comes wrong first (section 5.7) -------------------------------------------------------
