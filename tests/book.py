@@ -53,6 +53,7 @@ class Command:
     def world_size(self) -> int:
         """Ranks that the launcher is told to start."""
         named = {"torchrun": r"nproc[-_]per[-_]node", "deepspeed": r"num[-_](?:gpus|accelerators)"}
+        named["python"] = r"ranks"  # of a script that starts them itself
         if self.launcher not in named:
             return 1
         ranks = re.search(rf"--{named[self.launcher]}[= ](\d+)", self.text)

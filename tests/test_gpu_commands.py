@@ -77,10 +77,13 @@ def with_caches(m: ModuleType, a: Namespace) -> int:
         return training(model, torch.zeros(a.batch, a.context, dtype=torch.long))
 
 
-def chapter_8(m: ModuleType, a: Namespace, n: int) -> int:
+def chapter_8(m: ModuleType, a: Namespace, rows: int) -> int:
+    """Training the book model's shape at the sizes that the flags give."""
+    module = sys.modules["model"]
+    fields = module.Config.__dataclass_fields__
     with META:
-        model = m.Llama(m.Config(a.vocabulary, **{name: getattr(a, name) for name in m.SIZES}))
-        return training(model, torch.zeros(-(-a.batch // n), a.context, dtype=torch.long))
+        config = module.Config(**{name: value for name, value in vars(a).items() if name in fields})
+        return training(module.Llama(config), torch.zeros(rows, config.context, dtype=torch.long))
 
 
 # Bytes of a rank, from the script as a module, its arguments and the number of ranks.
@@ -126,15 +129,19 @@ MEMORY: dict[str, Callable[[ModuleType, Namespace, int], int]] = {
     "fsdp2_checkpoint_dcp": lambda m, a, n: (
         2 * residual(m, Namespace(**vars(a), batch=4, context=33), torch.float32)
     ),
+    "master_weights": lambda m, a, n: 2 * residual(m, a, torch.float32),
     "fsdp_strategies": lambda m, a, n: 4 * residual(m, a, torch.float32),
     "ch10_scaling_efficiency": lambda m, a, n: (
         language_model(m, a, a.batch) + language_model(m, a, 0)
     ),
     "ch11_diloco": lambda m, a, n: byte_mlp(m, a, a.batch),
     "ch11_fedavg": lambda m, a, n: byte_mlp(m, a, 4 * a.batch),
+    "compare_trainers": lambda m, a, n: 3 * chapter_8(m, a, -(-a.batch // n)),
     # Chapters 5 and 8 have a train.py each.
     "train": lambda m, a, n: (
-        chapter_8(m, a, n) if hasattr(m, "SIZES") else language_model(m, a, a.config[m.MICRO])
+        chapter_8(m, a, -(-a.batch // n))
+        if hasattr(m, "SIZES")
+        else language_model(m, a, a.config[m.MICRO])
     ),
 }
 # Scripts whose modules are a few small layers, whatever the flags; or that count for themselves.
@@ -143,6 +150,7 @@ SMALL = {
     "ddp_uneven_inputs_join",
     "context_parallel_from_scratch",
     "ddp_debugging",
+    "equivalence_matrix",
 }
 
 

@@ -509,7 +509,8 @@ def test_second_version_of_what_is_copied(repository: Path) -> None:
     [
         (None, "full"),
         (["pyproject.toml", "README.md"], "full"),
-        ([f"{CHAPTER}/main.md", "tests/chapter10/test_x.py"], "full and (chapter1 or chapter10)"),
+        ([f"{CHAPTER}/solutions.py", "tests/chapter10/x.py"], "full and (chapter1 or chapter10)"),
+        ([f"{CHAPTER}/main.md", f"{CHAPTER}/figures/x.svg"], "full and (machinery)"),
         (["tests/book.py", f"{CHAPTER}/code/x.py"], "full and (chapter1 or machinery)"),
     ],
 )

@@ -1,27 +1,31 @@
-"""Export a checkpoint of train.py as a Hugging Face Llama, and show that it is the same model.
+"""Export a checkpoint of train.py as a Hugging Face Llama, show that it is the same model; and back.
 
     python chapter8-distributed-ai-training-in-action/code/export_hf.py
-    python chapter8-distributed-ai-training-in-action/code/export_hf.py --prompt "An all-reduce" --tokens 64
+    python chapter8-distributed-ai-training-in-action/code/export_hf.py --model chapter8-distributed-ai-training-in-action/draft --prompt "An all-reduce" --import runs/ch08_tuned
 
 Without --run it reads chapter8-.../checkpoint/, the book model, back: transformers' logits and ours
-must agree. With --run and --to it writes such a folder from a run of train.py. Section 8.3.
+must agree. --run and --model write such a folder from a run of train.py. --import makes a folder from
+which train.py --resume goes on training, on any number of ranks. Section 8.6.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoints import newest_checkpoint
 from model import Config, Llama
-from prepare_data import END
+from prepare_data import END, read_tokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from train import newest_checkpoint
 
 BOOK_MODEL = Path(__file__).resolve().parents[1] / "checkpoint"
 NAMES = {  # ours: Hugging Face's
@@ -37,6 +41,15 @@ NAMES = {  # ours: Hugging Face's
     "layers.{}.feed_forward.up": "model.layers.{}.mlp.up_proj",
     "layers.{}.feed_forward.down": "model.layers.{}.mlp.down_proj",
 }
+SIZES = {  # of train.py, and of Hugging Face's config.json
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "hidden": "intermediate_size",
+    "context": "max_position_embeddings",
+}
+MUST_AGREE = ("head_dim", "hidden_act", "attention_bias", "tie_word_embeddings")
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -55,13 +68,8 @@ def hf_config(config: Config) -> dict:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocabulary,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
         "head_dim": config.head_dim,
-        "intermediate_size": config.hidden,
-        "max_position_embeddings": config.context,
         "rope_theta": config.theta,
         "rms_norm_eps": config.eps,
         "hidden_act": "silu",
@@ -73,16 +81,31 @@ def hf_config(config: Config) -> dict:
     }
 
 
+def read_dcp(checkpoint: Path) -> Llama:
+    """The whole model, from the shards of any number of ranks in any layout."""
+    try:
+        model = Llama(Config(**json.loads((checkpoint / "notes.json").read_text())["config"]))
+        state = {"model": model.state_dict()}
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    except (OSError, ValueError, dcp.CheckpointException) as error:
+        reason = str(error).partition("\n")[0]
+        stop(f"cannot read {checkpoint} ({reason}): move it away, and the one before is exported")
+    return model.eval()  # its tensors were filled in place
+
+
 def export(run_folder: Path, data: Path, to: Path) -> None:
     """Write config, weights and tokenizer; the folder's README.md, if there is one, stays."""
     checkpoint = newest_checkpoint(run_folder)
     if checkpoint is None:
         stop(f"{run_folder} has no checkpoint: train with --out {run_folder} first")
-    config = Config(**json.loads((checkpoint / "notes.json").read_text())["config"])
-    model = Llama(config)
-    state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)  # shards of any number of ranks
-    weights = {hf: state["model"][ours] for ours, hf in names(config.layers).items()}
+    model = read_dcp(checkpoint)
+    wanted = json.loads((checkpoint / "notes.json").read_text())["recipe"].get("tokenizer")
+    found = tokenizer_digest(data)
+    if found != wanted:  # the weights would load, and the model talk nonsense
+        stop(f"{data} has tokenizer {found}, {checkpoint} {wanted}: type --data with that run's")
+    config = model.config
+    state = model.state_dict()
+    weights = {hf: state[ours] for ours, hf in names(config.layers).items()}
     to.mkdir(parents=True, exist_ok=True)
     save_file(weights, to / "model.safetensors.draft", metadata={"format": "pt"})
     (to / "model.safetensors.draft").rename(to / "model.safetensors")
@@ -93,28 +116,59 @@ def export(run_folder: Path, data: Path, to: Path) -> None:
     write_json(to / "tokenizer_config.json", tokenizer)
 
 
+def tokenizer_digest(folder: Path) -> str | None:
+    """As train.py notes it in a checkpoint."""
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+def import_hf(folder: Path, run_folder: Path) -> None:
+    """Write the weights as step 0 of a run; train.py --resume begins there, its optimizer new."""
+    model = load_hf(folder)
+    sizes = dataclasses.asdict(model.config)
+    draft = run_folder / "step-000000.draft"
+    for old in (draft, draft.with_suffix("")):
+        shutil.rmtree(old, ignore_errors=True)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=draft, no_dist=True)
+    recipe = {name: sizes[name] for name in SIZES} | {"tokenizer": tokenizer_digest(folder)}
+    notes = {"step": 0, "losses": [], "loader": {"epoch": 0, "batch": 0}, "imported": True}
+    notes["files"] = {path.name: path.stat().st_size for path in draft.iterdir()}
+    write_json(draft / "notes.json", notes | {"config": sizes, "recipe": recipe})
+    draft.rename(draft.with_suffix(""))
+
+
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_hf(folder: Path) -> Llama:
-    """Our model from a Hugging Face folder."""
+    """Our model from a Hugging Face folder, if it is one that our model can be."""
     try:
         c = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except OSError as error:
-        stop(f"cannot read {error.filename or folder}: type --from DIR, or make book-model")
-    config = Config(
-        vocabulary=c["vocab_size"],
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        kv_heads=c["num_key_value_heads"],
-        hidden=c["intermediate_size"],
-        context=c["max_position_embeddings"],
-    )
+    except (OSError, ValueError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or folder
+        stop(f"cannot read {path}: type --model DIR, or make book-model")
+    if c.get("model_type") != "llama":
+        stop(f"{folder} is no model that model.py can be: see its model_type")
+    rope = c.get("rope_parameters") or {}
+    sizes = {ours: c[theirs] for ours, theirs in SIZES.items() if theirs in c}
+    theta = rope.get("rope_theta", c.get("rope_theta", 10_000.0))
+    config = Config(vocabulary=c["vocab_size"], theta=theta, eps=c["rms_norm_eps"], **sizes)
+    wanted = hf_config(config)
+    differing = [name for name in MUST_AGREE if c.get(name, wanted[name]) != wanted[name]]
+    if c.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        differing.append("rope_scaling")
+    beyond = weights.keys() - names(config.layers).values() - {"lm_head.weight"}
+    differing += sorted(beyond)[:1]  # such as an MLP's bias
+    if differing:
+        stop(f"{folder} is no model that model.py can be: see its {', '.join(differing)}")
     model = Llama(config)
-    model.load_state_dict({ours: weights[hf] for ours, hf in names(config.layers).items()})
+    try:
+        model.load_state_dict({ours: weights[hf] for ours, hf in names(config.layers).items()})
+    except (KeyError, RuntimeError) as error:  # a weight that is not there, or of another shape
+        why = " ".join(str(error).split())
+        stop(f"{folder}/model.safetensors does not fit its config.json: {why}")
     return model.eval()
 
 
@@ -129,12 +183,15 @@ def continue_greedily(model: Llama, tokens: list[int], count: int) -> list[int]:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> list[bool | None]:
+    folder = args.model
     if args.run:
-        export(args.run, args.data, args.to)
-    folder = args.to if args.run else args.folder
+        export(args.run, args.data, folder)
     model = load_hf(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     tokens = tokenizer.encode(args.prompt).ids
+    most = model.config.context - len(tokens)
+    if not tokens or not 1 <= args.tokens <= most:
+        stop(f"--prompt has {len(tokens)} tokens: it has to have one, and --tokens be 1 to {most}")
     ours = continue_greedily(model, tokens, args.tokens)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer  # 3 s: only now
@@ -148,19 +205,23 @@ def run(args: argparse.Namespace) -> list[bool | None]:
     generated = theirs.generate(prompt, max_new_tokens=args.tokens, do_sample=False)[0].tolist()
 
     size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
-    say(
-        f"{folder.name}: {sum(p.numel() for p in model.parameters()):,} parameters, {size / 1e6:.1f} MB"
-    )
-    text = tokenizer.decode(ours)
-    for line in (line for part in text.split("\n") for line in wrapped(part)):
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{folder.name}: {parameters:,} parameters, {size / 1e6:.1f} MB")
+    for line in (line for part in tokenizer.decode(ours).split("\n") for line in wrapped(part)):
         say(f"~ {line}")
     differing = sum(a != b for a, b in zip(ours, generated, strict=False))
-    return [
+    claims = [
         check("largest difference of a logit from transformers'", difference, 1e-5),
         check("prompt tokens that differ", int(tokens != their_tokens), 0),
         check(f"of {args.tokens} greedy tokens, those that differ", differing, 0),
-        check("megabytes of the folder", size / 1e6, 12),
+        check("megabytes beyond 4 bytes a parameter", (size - 4 * parameters) / 1e6, 10),
     ]
+    if args.imported and all(claims):
+        import_hf(folder, args.imported)
+        back = read_dcp(args.imported / "step-000000").state_dict()
+        changed = sum(not torch.equal(back[name], p) for name, p in model.state_dict().items())
+        claims.append(check("tensors that differ in the imported checkpoint", changed, 0))
+    return claims
 
 
 def wrapped(text: str, width: int = 96) -> list[str]:
@@ -173,19 +234,25 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, help="train.py's --out; default: export nothing")
     parser.add_argument("--data", type=Path, default="runs/ch08_data", help="its --data")
-    parser.add_argument("--to", type=Path, help="folder to write")
     parser.add_argument(
-        "--from", dest="folder", type=Path, default=BOOK_MODEL, help="model to read; default: ours"
+        "--model", type=Path, help="Hugging Face folder to read, or with --run to write"
     )
-    parser.add_argument("--prompt", default="The gradients", help="text to go on from")
+    parser.add_argument(
+        "--import", type=Path, dest="imported", metavar="DIR", help="write step 0 of a run here"
+    )
+    parser.add_argument("--prompt", default="A checkpoint is", help="text to go on from")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to write")
     args = parser.parse_args()
-    if bool(args.run) != bool(args.to):
-        stop("--run and --to go together: which run, and where to?")
+    if args.run and not args.model:
+        stop(f"--run {args.run} is to be written where? type --model DIR")
+    args.model = args.model or BOOK_MODEL
+    if args.imported and {p.name for p in args.imported.glob("step-*")} - {"step-000000"}:
+        stop(f"{args.imported} has been trained: type another --import")
     return args
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: no_dist
     sys.exit(conclude(run(parse_args())))
 
 

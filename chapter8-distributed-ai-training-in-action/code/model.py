@@ -79,6 +79,13 @@ class DecoderLayer(nn.Module):
         return x + self.feed_forward(self.norm2(x))
 
 
+class Output(nn.Module):
+    """The last product. It owns no weight; as a module it can be told how its inputs are split."""
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight)
+
+
 class Llama(nn.Module):
     """Tokens [batch, seq] to logits [batch, seq, vocabulary]; seq may not exceed config.context."""
 
@@ -88,22 +95,32 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
-        pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
-        frequency = 1 / config.theta**pairs  # rounded as Hugging Face does: it is multiplied by 255
-        angle = torch.outer(torch.arange(config.context), frequency)
-        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
+        self.output = Output()
+        self.register_buffer("rotation", rotations(config), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # The layers' outputs add up: smaller ones keep the sum's size (GPT-2, section 2.3).
-                adds = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * config.layers) ** 0.5 if adds else 0.02)
+                nn.init.normal_(p, std=initial_std(name, config))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
         rotation = self.rotation[:, : tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, rotation)
-        return F.linear(self.norm(x), self.embed.weight)
+        return self.output(self.norm(x), self.embed.weight)
+
+
+def rotations(config: Config) -> torch.Tensor:
+    """Cosine and sine of each position's angles: [2, context, head_dim / 2]."""
+    pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
+    frequency = 1 / config.theta**pairs  # rounded as Hugging Face does: it is multiplied by 255
+    angle = torch.outer(torch.arange(config.context), frequency)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def initial_std(name: str, config: Config) -> float:
+    """The layers' outputs add up: smaller ones keep the sum's size (GPT-2, section 2.3)."""
+    adds = name.endswith(("out.weight", "down.weight"))
+    return 0.02 / (2 * config.layers) ** 0.5 if adds else 0.02
 
 
 def flops_of_a_token(config: Config) -> int:
