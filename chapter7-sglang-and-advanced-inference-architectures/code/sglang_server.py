@@ -146,7 +146,7 @@ def structured(client: openai.OpenAI, args: argparse.Namespace) -> list[bool | N
         properties = {"ranks": {"type": "integer", "minimum": 1, "maximum": 64}, "note": note}
         schema = {"type": "object", "properties": properties, "required": list(properties)}
         grammar = {"json_schema": json.dumps(schema | {"additionalProperties": False})}
-        many = {"n": args.answers, "max_tokens": 64, "temperature": 1.5}
+        many = {"n": args.answers, "max_tokens": 64, "temperature": 2.0}
         answer = complete(client, args, **many, extra_body=grammar)
         found[name] = sort_answers(name, [(c.text, c.finish_reason) for c in answer.choices])
     return [

@@ -158,6 +158,7 @@ def run(args: Namespace, device: torch.device) -> list[bool | None]:
     ]
     for race in races:
         loader_of(race, args, rank=0)  # stops if there are too few windows
+    say(f"{n} rank{'s' * (n > 1)} on {device.type}, {args.dtype}; the three take turns")
     measured, parts = {}, {}
     away = torch.zeros(len(TRAINERS))
     for race in races:
