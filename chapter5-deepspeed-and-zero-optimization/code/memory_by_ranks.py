@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import deepspeed
 import torch
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from data import Loader, Tokens, read_meta, shards_of

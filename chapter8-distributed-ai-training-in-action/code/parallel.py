@@ -11,6 +11,7 @@ import zlib
 from functools import partial
 
 import torch
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 from launch import stop
 from model import Llama, initial_std, rotations

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
+import torch._dynamo  # before the group, or gloo's threads outlive it: section 3.8
 import torch.distributed as dist
 import torch.nn.functional as F
 from checkpoints import Checkpoints, find_start, load, make_folder

@@ -418,3 +418,20 @@ def test_a_save_that_fails_costs_a_checkpoint_not_the_run(
     assert "check: steps that the newest checkpoint lacks = 4 <= 0  FAILED" in result.stdout
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-000002"]
     assert [e["event"] for e in events(tmp_path)].count("save failed") == 2
+
+
+@pytest.mark.full
+def test_tensorboard_has_what_the_log_has(run: Run, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = (
+        f"--steps 4 --warmup 1 --log-every 2 --out {tmp_path}/out --tensorboard {tmp_path}/board"
+    )
+    result = run(f"torchrun --nproc_per_node=2 {TRAIN} {flags}")
+    assert result.returncode == 0, result.stderr
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    logged = [event for event in events(tmp_path / "out") if event["event"] == "step"]
+    for name in ("loss", "norm", "mfu", "slowest_rank"):
+        drawn = [(point.step, point.value) for point in board.Scalars(name)]
+        assert drawn == [(e["step"], pytest.approx(e[name], rel=1e-6)) for e in logged], name

@@ -100,6 +100,8 @@ echo "CgroupPlugin=cgroup/v1" >"$folder/cgroup.conf" # does nothing until it is 
 
 stop_all() {
     local left
+    cd /
+    export -n SLURM_CONF # or the loop below finds its own find, cut and sort, again and again
     while left=$(ours) && [[ $left ]]; do # until no daemon is left that could start one more
         # shellcheck disable=SC2086 # a word for each process
         kill -KILL $left 2>/dev/null || true
