@@ -298,3 +298,10 @@ def test_bad_data(run: Run, flags: str, said: str) -> None:
     result = run(f"python {CODE}/prepare_data.py --out runs/bad {flags}")
     assert (result.returncode, "Traceback" in result.stderr) == (2, False)
     assert said in result.stderr
+
+
+def test_the_book_model_is_small_enough_for_the_repository() -> None:
+    """At most 12 MB; the command's own bound is for any model."""
+    sizes = {name: sum(p.stat().st_size for p in (CHAPTER / name).iterdir()) for name in MODELS}
+    assert sizes["checkpoint"] <= 12e6, sizes
+    assert sizes["draft"] <= sizes["checkpoint"] / 5, sizes
